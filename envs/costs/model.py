@@ -1,0 +1,150 @@
+"""What an iteration costs: integer picoseconds from tables, in numba, exact for whole decode stretches.
+
+An iteration computes one token for each of `n` decoding requests and any number of prefill chunks:
+
+    iteration = linear[tokens] + head[sequences] + attention
+    attention = decode(n, context) + sum of prefill(chunk, past) - overlap * min of the two
+    decode(n, context) = base[n, j] + slope[n, j] * (context - n * knot[j]) + skew[n] * (top - context // n)
+
+`context` is the sum of the KV lengths that the decodes read, `top` the longest of them, and j the segment
+of the mean context. As a stretch of decode-only iterations goes on, `context` grows by n a step and
+`top - context // n` stays, so the sum over k steps is a closed form per segment. All operands are int64: the
+closed form equals the sum of its steps to the bit on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+OVERLAP_BITS = 16  # overlap is a fraction in units of 2**-16
+
+
+class CostTables(NamedTuple):
+    """Tables of P profiles, stacked; every entry int64, times in picoseconds.
+
+    Shapes: T tokens of a batch, S sequences, J context knots, A chunk knots, B past knots.
+
+    Attributes:
+        linear: [P, T + 1] linear layers, collectives and fixed overhead, by tokens in the batch.
+        head: [P, S + 1] output head and sampler, by sequences.
+        decode_knot: [P, J] mean context in tokens, rising from 0.
+        decode_base: [P, S + 1, J] decode attention at the knot, by batch.
+        decode_slope: [P, S + 1, J] picoseconds per token of total context beyond the knot.
+        decode_skew: [P, S + 1] picoseconds per token by which the longest context exceeds the mean.
+        chunk_knot: [P, A] new tokens of a prefill chunk, rising from 0.
+        past_knot: [P, B] tokens that the chunk attends to beside itself, rising from 0.
+        prefill: [P, A, B] prefill attention.
+        overlap: [P] part of the shorter of decode and prefill attention hidden under the longer, in 2**-16.
+    """
+
+    linear: np.ndarray
+    head: np.ndarray
+    decode_knot: np.ndarray
+    decode_base: np.ndarray
+    decode_slope: np.ndarray
+    decode_skew: np.ndarray
+    chunk_knot: np.ndarray
+    past_knot: np.ndarray
+    prefill: np.ndarray
+    overlap: np.ndarray
+
+
+@njit(cache=True, inline="never")
+def segment_of(knots, p, x):
+    """Index j of the last knot <= x in row p; the last segment extends beyond the table."""
+    low, high = 0, knots.shape[1] - 1
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if knots[p, middle] <= x:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@njit(cache=True)
+def decode_ps(tables, p, n, context, top):
+    """Decode attention of n requests with `context` KV tokens in all, the longest `top`; 0 for n = 0."""
+    if n == 0:
+        return 0
+    mean = context // n
+    j = segment_of(tables.decode_knot, p, mean)
+    beyond = context - n * tables.decode_knot[p, j]
+    return (
+        tables.decode_base[p, n, j]
+        + tables.decode_slope[p, n, j] * beyond
+        + tables.decode_skew[p, n] * (top - mean)
+    )
+
+
+@njit(cache=True)
+def prefill_ps(tables, p, chunk, past):
+    """Attention of `chunk` new tokens over `past` earlier ones and themselves: bilinear on the grid."""
+    a = min(segment_of(tables.chunk_knot, p, chunk), tables.chunk_knot.shape[1] - 2)
+    b = min(segment_of(tables.past_knot, p, past), tables.past_knot.shape[1] - 2)
+    past_0 = tables.past_knot[p, b]
+    past_width = tables.past_knot[p, b + 1] - past_0
+    step = past - past_0
+    low, high = tables.prefill[p, a, b], tables.prefill[p, a + 1, b]
+    low += (tables.prefill[p, a, b + 1] - low) * step // past_width
+    high += (tables.prefill[p, a + 1, b + 1] - high) * step // past_width
+    chunk_0 = tables.chunk_knot[p, a]
+    return low + (high - low) * (chunk - chunk_0) // (tables.chunk_knot[p, a + 1] - chunk_0)
+
+
+@njit(cache=True)
+def iteration_ps(tables, p, n, context, top, tokens, sequences, prefill_attention):
+    """One iteration: n decodes and prefill chunks whose attention sums to `prefill_attention`.
+
+    Args:
+        tokens: decodes plus chunk tokens. sequences: decodes plus chunks.
+    """
+    decode_attention = decode_ps(tables, p, n, context, top)
+    hidden = (min(decode_attention, prefill_attention) * tables.overlap[p]) >> OVERLAP_BITS
+    return (
+        tables.linear[p, tokens]
+        + tables.head[p, sequences]
+        + decode_attention
+        + prefill_attention
+        - hidden
+    )
+
+
+@njit(cache=True)
+def stretch_ps(tables, p, n, context, top, k):
+    """Time of k decode-only iterations; equals the sum of `iteration_ps` over them to the bit."""
+    step = tables.linear[p, n] + tables.head[p, n] + tables.decode_skew[p, n] * (top - context // n)
+    total = k * step
+    last = tables.decode_knot.shape[1] - 1
+    j = segment_of(tables.decode_knot, p, context // n)
+    while k > 0:
+        steps = k
+        if j < last:
+            room = n * tables.decode_knot[p, j + 1] - context
+            steps = min(k, (room + n - 1) // n)
+        slope = tables.decode_slope[p, n, j]
+        first = tables.decode_base[p, n, j] + slope * (context - n * tables.decode_knot[p, j])
+        total += steps * first + slope * n * (steps * (steps - 1) // 2)
+        context += steps * n
+        k -= steps
+        j += 1
+    return total
+
+
+@njit(cache=True)
+def steps_to_reach(tables, p, n, context, top, k, elapsed):
+    """Least j in 1..k with `stretch_ps(j) >= elapsed`; k where even k steps fall short."""
+    first = stretch_ps(tables, p, n, context, top, 1)
+    # Steps only grow longer, so elapsed / first bounds the answer from above.
+    high = min(k, (elapsed + first - 1) // first)
+    low = 1
+    while low < high:
+        middle = (low + high) >> 1
+        if stretch_ps(tables, p, n, context, top, middle) >= elapsed:
+            high = middle
+        else:
+            low = middle + 1
+    return max(low, 1)
