@@ -1,0 +1,41 @@
+"""What decides: a batch of observations in, a batch of answers out.
+
+Heuristics, networks, search and exported bundles all are policies; environments, evaluation and the
+runtime know nothing else of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+Observation = Mapping[str, np.ndarray]
+
+
+class Policy(Protocol):
+    """A decision rule over batches of lanes.
+
+    Attributes:
+        name: the name that tables and flags use.
+        needs_oracle: True for rules that read `obs["oracle"]`, [B, I] seconds of work truly left on each
+            instance, which no deployment knows; only evaluation asks the environment for it.
+    """
+
+    name: str
+    needs_oracle: bool
+
+    def reset(self, lanes: int, seed: int) -> None:
+        """Forget everything and prepare for `lanes` parallel clusters."""
+
+    def act(self, obs: Observation) -> np.ndarray:
+        """Answer one decision per lane.
+
+        Args:
+            obs: arrays of `servegym.envs.cluster.schema` with a leading lane dimension B.
+
+        Returns:
+            int64 [B], the index of a legal candidate for each lane.
+        """
+        ...
