@@ -114,7 +114,9 @@ def make_workload(
         prefix_offsets=np.zeros(n + 1, np.int64)
         if prefix_offsets is None
         else np.ascontiguousarray(prefix_offsets, np.int64),
-        prefix_ids=np.zeros(0, np.int32) if prefix_ids is None else np.ascontiguousarray(prefix_ids, np.int32),
+        prefix_ids=np.zeros(0, np.int32)
+        if prefix_ids is None
+        else np.ascontiguousarray(prefix_ids, np.int32),
         prefix_block_tokens=prefix_block_tokens,
         class_names=class_names,
     )
@@ -130,7 +132,9 @@ def _tokens(name: str, column: str, values: Sequence[int] | np.ndarray) -> np.nd
             _refuse(name, column, array, int(bad[0]), "token counts are whole numbers")
     bad = np.flatnonzero((array < 1) | (array > MAX_TOKENS))
     if bad.size:
-        _refuse(name, column, array, int(bad[0]), f"token counts lie in 1..{MAX_TOKENS}; drop or mend the row")
+        _refuse(
+            name, column, array, int(bad[0]), f"token counts lie in 1..{MAX_TOKENS}; drop or mend the row"
+        )
     return np.ascontiguousarray(array, np.int32)
 
 
@@ -142,14 +146,35 @@ def _validate(w: Workload) -> None:
     n = len(w)
     if n == 0:
         raise InputError(w.name, "rows", 0, "a workload needs at least one request")
-    for column in ("prompt_tokens", "output_tokens", "class_id", "priority", "tenant", "session", "turn",
-                   "after", "gap_s"):
+    for column in (
+        "prompt_tokens",
+        "output_tokens",
+        "class_id",
+        "priority",
+        "tenant",
+        "session",
+        "turn",
+        "after",
+        "gap_s",
+    ):
         if len(getattr(w, column)) != n:
             raise InputError(w.name, column, len(getattr(w, column)), f"expected {n} rows like arrived_at_s")
-    _check(w, "arrived_at_s", ~np.isfinite(w.arrived_at_s) | (w.arrived_at_s < 0), "arrival seconds are finite and >= 0")
-    _check(w, "arrived_at_s", np.r_[False, np.diff(w.arrived_at_s) < 0], "rows are sorted by arrival; sort the file")
+    _check(
+        w,
+        "arrived_at_s",
+        ~np.isfinite(w.arrived_at_s) | (w.arrived_at_s < 0),
+        "arrival seconds are finite and >= 0",
+    )
+    _check(
+        w,
+        "arrived_at_s",
+        np.r_[False, np.diff(w.arrived_at_s) < 0],
+        "rows are sorted by arrival; sort the file",
+    )
     _check(w, "gap_s", ~np.isfinite(w.gap_s) | (w.gap_s < 0), "gaps are finite and >= 0")
-    _check(w, "class_id", (w.class_id < 0) | (w.class_id >= len(w.class_names)), "not an index into class_names")
+    _check(
+        w, "class_id", (w.class_id < 0) | (w.class_id >= len(w.class_names)), "not an index into class_names"
+    )
     _check(w, "after", (w.after < NO_ID) | (w.after >= np.arange(n)), "must be -1 or an earlier row")
     _check_followers(w)
     _check_prefixes(w)
@@ -171,17 +196,33 @@ def _check_followers(w: Workload) -> None:
 
 def _check_prefixes(w: Workload) -> None:
     offsets = w.prefix_offsets
-    if len(offsets) != len(w) + 1 or offsets[0] != 0 or offsets[-1] != len(w.prefix_ids) or (np.diff(offsets) < 0).any():
-        raise InputError(w.name, "prefix_offsets", offsets[[0, -1]].tolist(), "must rise from 0 to len(prefix_ids), N + 1 rows")
+    if (
+        len(offsets) != len(w) + 1
+        or offsets[0] != 0
+        or offsets[-1] != len(w.prefix_ids)
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise InputError(
+            w.name,
+            "prefix_offsets",
+            offsets[[0, -1]].tolist(),
+            "must rise from 0 to len(prefix_ids), N + 1 rows",
+        )
     if len(w.prefix_ids) == 0:
         return
     if w.prefix_block_tokens < 1:
-        raise InputError(w.name, "prefix_block_tokens", w.prefix_block_tokens, "prefix ids need their block size")
+        raise InputError(
+            w.name, "prefix_block_tokens", w.prefix_block_tokens, "prefix ids need their block size"
+        )
     if (w.prefix_ids < 0).any():
         raise InputError(w.name, "prefix_ids", int(w.prefix_ids.min()), "ids are >= 0")
     blocks = (w.prompt_tokens.astype(np.int64) + w.output_tokens) // w.prefix_block_tokens
     too_many = np.flatnonzero(np.diff(offsets) > blocks)
     if too_many.size:
         row = int(too_many[0])
-        raise InputError(w.name, f"prefix_ids, row {row}", int(offsets[row + 1] - offsets[row]),
-                         f"prompt + output hold only {blocks[row]} full blocks")
+        raise InputError(
+            w.name,
+            f"prefix_ids, row {row}",
+            int(offsets[row + 1] - offsets[row]),
+            f"prompt + output hold only {blocks[row]} full blocks",
+        )

@@ -1,0 +1,98 @@
+"""Synthetic workloads by name: fitted to public traces, drawn from published laws, or constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from servegym.envs.workloads.arrivals import gamma_arrivals, modulated_arrivals
+from servegym.envs.workloads.fits import check_positive, check_whole, fit
+from servegym.envs.workloads.lengths import sample_lengths
+from servegym.envs.workloads.workload import Workload, make_workload
+
+from servegym.errors import InputError
+
+UNCLOCKED_RATE_RPS = 1.0  # for workloads whose source has no clock time, so no rate to fit
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A named family of synthetic workloads.
+
+    Attributes:
+        name: what `generate` takes; with a form such as `:IN-OUT` after it where `form` says so.
+        about: one line for people.
+        source, license: where its numbers come from.
+        rate_rps: rate used when none is given, requests/s.
+        build: (whole name, requests, rate_rps, rng) -> Workload.
+        form: how the part after the colon is written; empty where the name stands alone.
+    """
+
+    name: str
+    about: str
+    source: str
+    license: str
+    rate_rps: float
+    build: Callable[[str, int, float, np.random.Generator], Workload]
+    form: str = ""
+
+
+def generate(name: str, requests: int, *, rate_rps: float | None = None, seed: int = 0) -> Workload:
+    """Draw a synthetic workload.
+
+    The same seed gives the same requests at every rate: a rate other than the fitted one compresses time,
+    which keeps the burst structure. Session workloads differ in this: users and tools keep their pace, so a
+    higher rate means more sessions at a time.
+
+    Args:
+        name: a name in GENERATORS, for example `azure2023_conv`, `llumnix:128-128` or `fixed:1024-256`.
+        requests: number of rows, at least 1.
+        rate_rps: mean of the arrival process in requests/s; None takes the fitted rate (1 for sources
+            without clock time).
+        seed: seed of all draws.
+
+    Raises:
+        InputError: for a name that is not there (the error lists what is) or an impossible number.
+    """
+    generator = GENERATORS.get(name.split(":")[0])
+    if generator is None:
+        raise InputError("workload", "name", name, f"no such generator; there are {', '.join(GENERATORS)}")
+    if generator.form == "" and ":" in name:
+        raise InputError("workload", "name", name, f"{generator.name} takes nothing after its name")
+    check_whole(name, "requests", requests, 1)
+    check_whole(name, "seed", seed, 0)
+    rate = generator.rate_rps if rate_rps is None else check_positive(name, "rate_rps", rate_rps)
+    return generator.build(name, requests, rate, np.random.default_rng(seed))
+
+
+def _fitted(name: str, requests: int, rate_rps: float, rng: np.random.Generator) -> Workload:
+    """Open-loop requests with the arrival and the length model fitted to trace `name`."""
+    f = fit(name)
+    arrivals, lengths = rng.spawn(2)
+    if "arrival" in f:
+        arrived = modulated_arrivals(arrivals, requests, f["arrival"]) * (f["arrival"]["rate_rps"] / rate_rps)
+    else:
+        arrived = gamma_arrivals(arrivals, requests, rate_rps)
+    prompt, output = sample_lengths(lengths, f["lengths"], requests)
+    return make_workload(name, arrived, prompt, output, class_names=(f["class"],))
+
+
+def _from_fit(name: str, about: str, build: Callable[..., Workload] = _fitted) -> Generator:
+    f = fit(name)
+    rate = f["arrival"]["rate_rps"] if "arrival" in f else UNCLOCKED_RATE_RPS
+    return Generator(name, about, f["source"], f["license"], rate, build)
+
+
+GENERATORS: dict[str, Generator] = {
+    g.name: g
+    for g in (
+        _from_fit("azure2023_conv", "chat on Azure: bursty rate, medium prompts, the default"),
+        _from_fit("azure2023_code", "code completion on Azure: ON/OFF batches, long prompts, short outputs"),
+        _from_fit(
+            "servegen_general", "general-purpose API, 17 clients: bursty, prompts and outputs correlated"
+        ),
+        _from_fit("servegen_reason", "reasoning API: short prompts, long outputs"),
+        _from_fit("arxiv_summarization", "summarisation of papers: long prompts, short outputs, Poisson"),
+    )
+}
