@@ -1,0 +1,100 @@
+"""Profiles to the integer tables of the cost model; the one place where costs are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from servegym.envs.costs.model import OVERLAP_BITS, CostTables
+from servegym.envs.costs.profile import Profile, Surface, extended
+from servegym.errors import InputError
+
+PS_PER_US = 1_000_000
+
+
+def cost_tables(profiles: Sequence[Profile], max_tokens: int, max_sequences: int) -> CostTables:
+    """Tables of the given profiles, stacked in their order.
+
+    Every table is monotone: no more tokens, sequences or context can cost less. Beyond the measured range the
+    last segment goes on. Profiles with fewer knots get more of them on their last segment, which changes
+    nothing.
+
+    Args:
+        max_tokens: the largest token budget. max_sequences: the largest number of sequences in an iteration.
+
+    Raises:
+        InputError: no profile, or a bound below 1.
+    """
+    if not profiles:
+        raise InputError("cost tables", "profiles", [], "give at least one profile")
+    for field, value in (("max_tokens", max_tokens), ("max_sequences", max_sequences)):
+        if value < 1:
+            raise InputError("cost tables", field, value, "must be at least 1")
+    rows = [_tables(profile, max_tokens, max_sequences) for profile in profiles]
+    sizes = {name: max(len(row[name]) for row in rows) for name in ("decode_knot", "chunk_knot", "past_knot")}
+    for row in rows:
+        _pad(row, sizes)
+    return CostTables(**{name: np.stack([row[name] for row in rows]) for name in CostTables._fields})
+
+
+def _tables(profile: Profile, max_tokens: int, max_sequences: int) -> dict[str, np.ndarray]:
+    tokens, sequences = np.arange(max_tokens + 1), np.arange(max_sequences + 1)
+    linear = profile.linear(tokens) + profile.overhead_us
+    if profile.collective is not None:
+        linear = linear + profile.collective(tokens)
+    skew = np.zeros(max_sequences + 1) if profile.decode_skew is None else profile.decode_skew(sequences)
+    knot = np.asarray(profile.decode_attention.columns, dtype=np.int64)
+    base, slope = _decode(profile.decode_attention, max_sequences)
+    prefill = np.maximum.accumulate(np.maximum.accumulate(np.asarray(profile.prefill_attention.us), 0), 1)
+    return {
+        "linear": _ps(np.maximum.accumulate(linear)),
+        "head": _ps(np.maximum.accumulate(profile.head(sequences))),
+        "decode_knot": knot,
+        "decode_base": base,
+        "decode_slope": slope,
+        "decode_skew": _ps(skew),
+        "chunk_knot": np.asarray(profile.prefill_attention.rows, dtype=np.int64),
+        "past_knot": np.asarray(profile.prefill_attention.columns, dtype=np.int64),
+        "prefill": _ps(prefill),
+        "overlap": np.asarray(round(profile.overlap * (1 << OVERLAP_BITS)), dtype=np.int64),
+    }
+
+
+def _ps(us: np.ndarray) -> np.ndarray:
+    return np.rint(np.asarray(us) * PS_PER_US).astype(np.int64)
+
+
+def _decode(surface: Surface, max_sequences: int) -> tuple[np.ndarray, np.ndarray]:
+    """Base [S + 1, J] and slope [S + 1, J]; integer slopes first, so that segments meet to the bit."""
+    n = np.arange(max_sequences + 1)
+    us = np.stack(
+        [extended(np.asarray(surface.rows), column, n) for column in np.asarray(surface.us).T], axis=1
+    )
+    target = _ps(np.maximum.accumulate(np.maximum.accumulate(us, 0), 1))
+    width = np.diff(np.asarray(surface.columns, dtype=np.int64))
+    base, slope = np.zeros_like(target), np.zeros_like(target)
+    base[:, 0] = target[:, 0]
+    span = np.maximum(n, 1)
+    for j, step in enumerate(width):
+        slope[:, j] = np.maximum((target[:, j + 1] - base[:, j] + span * step // 2) // (span * step), 0)
+        base[:, j + 1] = base[:, j] + slope[:, j] * span * step
+    slope[:, -1] = slope[:, -2]
+    return base, slope
+
+
+def _pad(row: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
+    """Add knots on the extension of the last segment until the profile has as many as the others."""
+    while len(row["decode_knot"]) < sizes["decode_knot"]:
+        width = row["decode_knot"][-1] - row["decode_knot"][-2]
+        n = np.maximum(np.arange(len(row["decode_base"])), 1)
+        end = row["decode_base"][:, -1] + row["decode_slope"][:, -1] * n * width
+        row["decode_knot"] = np.append(row["decode_knot"], row["decode_knot"][-1] + width)
+        row["decode_base"] = np.column_stack([row["decode_base"], end])
+        row["decode_slope"] = np.column_stack([row["decode_slope"], row["decode_slope"][:, -1]])
+    for name, axis in (("chunk_knot", 0), ("past_knot", 1)):
+        while len(row[name]) < sizes[name]:
+            knots, table = row[name], np.moveaxis(row["prefill"], axis, 0)
+            row[name] = np.append(knots, 2 * knots[-1] - knots[-2])
+            table = np.concatenate([table, (2 * table[-1] - table[-2])[None]])
+            row["prefill"] = np.moveaxis(table, 0, axis)
