@@ -1,0 +1,44 @@
+# make train: from a fresh clone to a table in which a freshly trained policy stands beside the heuristics.
+PYTHON ?= python3
+VENV ?= .venv
+STEPS ?= 200000
+RUN ?= runs/quickstart
+# Without an NVIDIA driver the CPU build of torch saves gigabytes; TORCH_INDEX= leaves the choice to pip.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-slow lint bench clean
+
+train: $(INSTALLED)
+	$(PY) train.py --scenario mixed -n $(STEPS) --log-folder $(RUN)/train --progress
+	$(PY) export.py -i $(RUN)/train --output $(RUN)/bundle
+	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.8 --log-folder $(RUN)/evaluation
+
+test: $(INSTALLED)
+	$(PY) -m pytest -q -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy -p servegym
+
+bench: $(INSTALLED)
+	set -e; for file in benchmarks/*.py; do $(PY) $$file; done
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	-$(PIP) install --quiet --retries 0 --timeout 10 -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch
+endif
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
