@@ -70,6 +70,8 @@ REQ = _record(
 # A cached prefix block: its id, how many requests hold it, its neighbours in the order of idle blocks.
 UNIT = _record(key="i4", holders="i4", older="i4", newer="i4")
 SLEEPER = _record(at="i8", request="i8")
+# How a router reads the engines: period of the scrape (0: afresh at every decision), relative noise.
+SENSING = _record(period="i8", noise="f8")
 
 
 class World(NamedTuple):
@@ -95,6 +97,7 @@ class World(NamedTuple):
     episode: np.ndarray  # EPISODE [E]
     setting: np.ndarray  # SETTING [F, I]
     fleet_size: np.ndarray  # int64 [F]
+    sensing: np.ndarray  # SENSING [1]
     costs: CostTables
 
 

@@ -1,0 +1,121 @@
+"""The metrics scrape: what a router last read from an engine's /metrics, stale by up to a period, and noisy.
+
+Instance i is read at phase + k * period for k = 0, 1, ...; the phase is drawn from (seed, i), so replicas are
+not read in step. Nothing happens at a tick. Instead every change of an instance first calls `scrape`, which
+settles the ticks that have passed with the values that still hold. With period 0 observations read afresh.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from servegym.envs.cluster.state import NEVER, NONE
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_UNIT = 2.0**-53
+_RUNNING, _WAITING, _USAGE = range(3)
+
+
+@njit(cache=True)
+def mix(x, y):
+    """Hash two integers to 64 bits (the output function of SplitMix64, Steele et al. 2014)."""
+    z = np.uint64(x) + (np.uint64(y) + np.uint64(1)) * _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * _MIX_1
+    z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(cache=True)
+def uniform(bits):
+    """Number in [0, 1) from 64 random bits."""
+    return np.float64(bits >> np.uint64(11)) * _UNIT
+
+
+@njit(cache=True)
+def start_scrape(world, l, i):
+    """Forget all readings: the instance is empty and time is 0."""
+    inst = world.instance[l, i]
+    period = world.sensing[0].period
+    inst.next_scrape = NEVER
+    if period > 0:
+        inst.next_scrape = np.int64(uniform(mix(mix(world.lane[l].seed, i), 0)) * period)
+    inst.scraped_at = 0
+    inst.seen_preemptions = 0
+    inst.seen_running = 0.0
+    inst.seen_waiting = 0.0
+    inst.seen_usage = 0.0
+    inst.seen_rise = 0.0
+
+
+@njit(cache=True)
+def steps_done(inst, t):
+    """Decode steps, with their fraction, that the stretch in flight has made at time t."""
+    if inst.steps == 0:
+        return 0.0
+    return inst.steps * (t - inst.begin) / (inst.until - inst.begin)
+
+
+@njit(cache=True)
+def running_requests(inst):
+    """Requests that the engine runs, as vLLM counts them: decoding, ending their prefill, or partly computed."""
+    return inst.running + inst.fresh + (inst.part != NONE)
+
+
+@njit(cache=True)
+def kv_usage(world, l, i, t):
+    """Fraction of the KV blocks that requests hold at time t; decodes grow evenly over their stretch."""
+    inst = world.instance[l, i]
+    setting = world.setting[world.lane[l].fleet, i]
+    grown = steps_done(inst, t) * inst.running / setting.block_tokens
+    return (setting.blocks - inst.free + grown) / setting.blocks
+
+
+@njit(cache=True)
+def _read(world, l, i, tick):
+    """Take the readings of one tick."""
+    inst = world.instance[l, i]
+    inst.seen_running = running_requests(inst)
+    inst.seen_waiting = inst.waiting
+    inst.seen_usage = kv_usage(world, l, i, tick)
+    inst.seen_rise = inst.preemptions - inst.seen_preemptions
+    inst.seen_preemptions = inst.preemptions
+    inst.scraped_at = tick
+    noise = world.sensing[0].noise
+    if noise > 0.0:
+        bits = mix(mix(world.lane[l].seed, i), tick)
+        spread = noise * math.sqrt(12.0)
+        inst.seen_running *= max(0.0, 1.0 + spread * (uniform(mix(bits, _RUNNING)) - 0.5))
+        inst.seen_waiting *= max(0.0, 1.0 + spread * (uniform(mix(bits, _WAITING)) - 0.5))
+        inst.seen_usage *= max(0.0, 1.0 + spread * (uniform(mix(bits, _USAGE)) - 0.5))
+
+
+@njit(cache=True)
+def scrape(world, l, i, t):
+    """Settle the ticks up to time t; call it before anything about the instance changes at t.
+
+    Of several ticks only the last counts: the state was the same at all, so the last saw no preemption.
+    """
+    inst = world.instance[l, i]
+    if t < inst.next_scrape:
+        return
+    period = world.sensing[0].period
+    later = (t - inst.next_scrape) // period
+    if later > 0:
+        inst.seen_preemptions = inst.preemptions
+    tick = inst.next_scrape + later * period
+    _read(world, l, i, tick)
+    inst.next_scrape = tick + period
+
+
+@njit(cache=True)
+def look(world, l, i, t):
+    """Bring the readings up to what a router has at time t."""
+    if world.sensing[0].period > 0:
+        scrape(world, l, i, t)
+    else:
+        _read(world, l, i, t)
