@@ -1,0 +1,137 @@
+"""What the rules share: features by name, the masked choice, and parameter checks."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+
+from servegym.agents.policy import Observation
+from servegym.envs.cluster import schema
+from servegym.errors import InputError
+
+_INSTANCE = {feature.name: index for index, feature in enumerate(schema.INSTANCE)}
+_REQUEST = {feature.name: index for index, feature in enumerate(schema.REQUEST)}
+_EDGE = {feature.name: index for index, feature in enumerate(schema.EDGE)}
+_GLOBAL = {feature.name: index for index, feature in enumerate(schema.GLOBAL)}
+
+
+class View:
+    """A batch of dispatch observations, read by feature name.
+
+    Features come as float64, because products of counts and tokens pass what float32 holds exactly, and
+    a rounded score would turn an ordering into a tie.
+
+    Attributes:
+        legal: bool [B, I], instances that the request may go to.
+    """
+
+    def __init__(self, obs: Observation) -> None:
+        self._obs = obs
+        self.legal = obs["mask"][:, 1:] != 0
+
+    def instance(self, name: str) -> np.ndarray:
+        """Feature of every instance, [B, I]."""
+        return self._obs["instances"][:, :, _INSTANCE[name]].astype(np.float64)
+
+    def edge(self, name: str) -> np.ndarray:
+        """Feature of sending the request to each instance, [B, I]."""
+        return self._obs["edges"][:, 1:, _EDGE[name]].astype(np.float64)
+
+    def request(self, name: str) -> np.ndarray:
+        """Feature of the request, [B, 1]."""
+        return self._obs["requests"][:, :1, _REQUEST[name]].astype(np.float64)
+
+    def overall(self, name: str) -> np.ndarray:
+        """Global feature, [B, 1]."""
+        column = _GLOBAL[name]
+        return self._obs["globals"][:, column : column + 1].astype(np.float64)
+
+    def oracle(self, rule: str) -> np.ndarray:
+        """Seconds of work truly left on each instance, [B, I].
+
+        Raises:
+            InputError: the observation does not carry it.
+        """
+        if "oracle" not in self._obs:
+            raise InputError(rule, "observation key", "oracle", "make the environment with oracle=True")
+        return self._obs["oracle"].astype(np.float64)
+
+    def hit_fraction(self) -> np.ndarray:
+        """Share of the prompt that each instance has cached, [B, I]."""
+        return self.edge("prefix_hit_tokens") / np.maximum(self.request("prompt_tokens"), 1.0)
+
+    def min_max(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Least and largest of `values` [B, I] over the legal instances, each [B, 1].
+
+        A lane without a legal instance yields (inf, -inf), which no comparison takes for a range.
+        """
+        low = np.where(self.legal, values, np.inf).min(axis=1, keepdims=True)
+        high = np.where(self.legal, values, -np.inf).max(axis=1, keepdims=True)
+        return low, high
+
+
+class Rule:
+    """A dispatch rule: the legal instance of least cost, or the default where none is legal.
+
+    Attributes:
+        random_ties: ties are drawn from the seeded generator instead of going to the lowest index; only
+            for rules whose publication does so.
+        search_space: tunable parameters and the values to try, so that every rule can be tuned with the
+            search budget that a learned policy gets.
+    """
+
+    name: ClassVar[str]
+    needs_oracle: ClassVar[bool] = False
+    random_ties: ClassVar[bool] = False
+    search_space: ClassVar[dict[str, tuple]] = {}
+
+    _lanes: int | None = None
+
+    def reset(self, lanes: int, seed: int) -> None:
+        """Forget everything and prepare for `lanes` parallel clusters."""
+        self._lanes = lanes
+        self._rng = np.random.default_rng(seed)
+
+    def cost(self, view: View) -> np.ndarray:
+        """What sending the request to each instance costs, [B, I]; lower is better."""
+        raise NotImplementedError
+
+    def act(self, obs: Observation) -> np.ndarray:
+        """Answer one decision per lane.
+
+        Args:
+            obs: arrays of `servegym.envs.cluster.schema` with a leading lane dimension B.
+
+        Returns:
+            int64 [B]: 1 + the chosen instance, or 0 where no instance is legal.
+
+        Raises:
+            InputError: B is not the number of lanes of the last `reset`.
+        """
+        view = View(obs)
+        if len(view.legal) != self._lanes:
+            raise InputError(self.name, "lanes", len(view.legal), f"reset prepared for {self._lanes}")
+        # A legal instance of infinite cost must still beat every illegal one.
+        cost = np.minimum(self.cost(view), np.finfo(np.float64).max)
+        cost[~view.legal] = np.inf
+        if self.random_ties:
+            tied = (cost == cost.min(axis=1, keepdims=True)) & view.legal
+            best = np.where(tied, self._rng.random(cost.shape), -1.0).argmax(axis=1)
+        else:
+            best = cost.argmin(axis=1)
+        return np.where(view.legal.any(axis=1), best + 1, 0)
+
+
+def number(rule: str, field: str, value: object, high: float = math.inf) -> float:
+    """A parameter that must be a finite number in [0, high].
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(rule, field, value, "give a finite number")
+    if not 0 <= value <= high:
+        raise InputError(rule, field, value, f"give a number in [0, {high:g}]")
+    return float(value)

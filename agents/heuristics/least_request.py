@@ -1,0 +1,23 @@
+"""Least request: join the shortest queue, counted in requests that the router has in flight.
+
+Winston, "Optimality of the shortest line discipline", J. Applied Probability 14 (1977); LEAST_REQUEST of
+Envoy; `shortest_queue` of SGLang's DP controller.
+
+    argmin_i inflight_i
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from servegym.agents.heuristics._rule import Rule, View
+
+
+class LeastRequest(Rule):
+    """The instance with the fewest requests in flight."""
+
+    name = "least_request"
+
+    def cost(self, view: View) -> np.ndarray:
+        """Requests in flight, [B, I]."""
+        return view.instance("inflight")
