@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
 from servegym.envs.workloads.arrivals import gamma_arrivals, modulated_arrivals
+from servegym.envs.workloads.conversations import conversations
 from servegym.envs.workloads.fits import check_positive, check_whole, fit
 from servegym.envs.workloads.lengths import sample_lengths
+from servegym.envs.workloads.parametric import fixed, llumnix
+from servegym.envs.workloads.sessions import agent_sessions, chat_sessions
 from servegym.envs.workloads.workload import Workload, make_workload
-
 from servegym.errors import InputError
 
 UNCLOCKED_RATE_RPS = 1.0  # for workloads whose source has no clock time, so no rate to fit
@@ -92,7 +95,36 @@ GENERATORS: dict[str, Generator] = {
         _from_fit(
             "servegen_general", "general-purpose API, 17 clients: bursty, prompts and outputs correlated"
         ),
+        _from_fit(
+            "mooncake_conversation",
+            "long-context chat: a third of the requests continues an earlier one",
+            conversations,
+        ),
         _from_fit("servegen_reason", "reasoning API: short prompts, long outputs"),
         _from_fit("arxiv_summarization", "summarisation of papers: long prompts, short outputs, Poisson"),
+        _from_fit(
+            "weka_agentic",
+            "coding agents: closed-loop sessions with tool calls",
+            agent_sessions,
+        ),
+        _from_fit("sharegpt_turns", "ShareGPT conversations: closed-loop sessions", chat_sessions),
+        Generator(
+            "llumnix",
+            "power-law lengths of a mean of 128, 256, 512 or 1024; Poisson or gamma arrivals",
+            "alibaba/llm-scheduling-artifact; Llumnix, OSDI 2024",
+            "law re-implemented from the paper's artifact",
+            UNCLOCKED_RATE_RPS,
+            llumnix,
+            ":IN-OUT[:cvX]",
+        ),
+        Generator(
+            "fixed",
+            "constant lengths, Poisson arrivals",
+            "ServeGym",
+            "MIT",
+            UNCLOCKED_RATE_RPS,
+            fixed,
+            ":IN-OUT",
+        ),
     )
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
+
 from servegym.envs.workloads.fits import quantile_p
 
 Quantile = Callable[[np.ndarray], np.ndarray]
