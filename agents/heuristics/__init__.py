@@ -10,12 +10,20 @@ import inspect
 from servegym.agents.heuristics._rule import Rule
 from servegym.agents.heuristics.default import Default
 from servegym.agents.heuristics.dynamo import Dynamo
+from servegym.agents.heuristics.infaas import INFaaS
 from servegym.agents.heuristics.least_request import LeastRequest
 from servegym.agents.heuristics.least_tokens import LeastTokens
+from servegym.agents.heuristics.least_work_oracle import LeastWorkOracle
+from servegym.agents.heuristics.least_work_predicted import LeastWorkPredicted
+from servegym.agents.heuristics.llmd import LLMD
+from servegym.agents.heuristics.llumnix import Llumnix
 from servegym.agents.heuristics.lmetric import LMetric
+from servegym.agents.heuristics.mooncake import Mooncake
 from servegym.agents.heuristics.power_of_two import PowerOfTwo
 from servegym.agents.heuristics.random import Random
 from servegym.agents.heuristics.round_robin import RoundRobin
+from servegym.agents.heuristics.session_affinity import SessionAffinity
+from servegym.agents.heuristics.sglang_cache_aware import SGLangCacheAware
 from servegym.agents.heuristics.vllm_dp import VllmDP
 from servegym.errors import InputError
 
@@ -28,9 +36,17 @@ HEURISTICS: dict[str, type[Rule]] = {
         LeastRequest,
         PowerOfTwo,
         LeastTokens,
+        SessionAffinity,
         VllmDP,
+        SGLangCacheAware,
+        LLMD,
         Dynamo,
         LMetric,
+        INFaaS,
+        Llumnix,
+        Mooncake,
+        LeastWorkPredicted,
+        LeastWorkOracle,
     )
 }
 
