@@ -1,0 +1,1 @@
+"""Graph networks that decide: one set of weights in dense, graph and numpy form."""
