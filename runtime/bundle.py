@@ -1,0 +1,177 @@
+"""The bundle: a trained policy as a folder that needs neither torch nor trust.
+
+    policy.onnx           logits [B, C] from an observation; batch, instances and candidates vary
+    policy.safetensors    the same weights, for the numpy form and for other runtimes
+    golden.safetensors    observations with the logits and answers that a correct runtime gives
+    manifest.json         what the policy sees and answers, its origin, the SHA-256 of the other files
+    manifest.json.sha256  the SHA-256 of the manifest, as sha256sum writes it
+    README.md             the same for people
+
+Nothing is unpickled. A changed byte, another observation schema or a wrong golden answer is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from servegym.agents.policy import Observation
+from servegym.envs.cluster.schema import schema_hash
+from servegym.errors import InputError
+
+FORMAT = 1
+MANIFEST, WEIGHTS, GRAPH, GOLDEN, CARD = (
+    "manifest.json",
+    "policy.safetensors",
+    "policy.onnx",
+    "golden.safetensors",
+    "README.md",
+)
+TOLERANCE = 1e-4  # absolute and relative, on logits; float32 sums in another order differ by about 1e-6
+
+
+class BundlePolicy:
+    """An exported policy in ONNX Runtime; one thread, so that a decision's time is predictable.
+
+    Attributes:
+        name: the policy's name in tables.
+        manifest: what manifest.json says.
+    """
+
+    needs_oracle = False
+
+    def __init__(self, graph: Path, manifest: dict[str, Any]) -> None:
+        self.name = str(manifest["policy"])
+        self.manifest = manifest
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._inputs = [node.name for node in self._session.get_inputs()]
+
+    def reset(self, lanes: int, seed: int) -> None:
+        """Nothing to forget: the policy has no memory."""
+
+    def logits(self, obs: Observation) -> np.ndarray:
+        """Scores of all candidates, float32 [B, C]; illegal ones are at most -1e9."""
+        return self._session.run(["logits"], {name: obs[name] for name in self._inputs})[0]
+
+    def act(self, obs: Observation) -> np.ndarray:
+        """The legal candidate of the highest score, int64 [B]."""
+        return self.logits(obs).argmax(axis=1)
+
+
+def load_bundle(folder: str | Path) -> BundlePolicy:
+    """Load an exported policy after checking format, hashes, schema and golden answers.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    for name, expected in manifest["files"].items():
+        _check_hash(folder / name, expected)
+    if manifest["schema"]["hash"] != schema_hash():
+        hint = f"this version observes {schema_hash()}; export the checkpoint again with it"
+        raise InputError(folder / MANIFEST, "schema.hash", manifest["schema"]["hash"], hint)
+    try:
+        policy = BundlePolicy(folder / GRAPH, manifest)
+    except Exception as error:  # onnxruntime's errors have no common base class
+        raise InputError(
+            folder / GRAPH, "graph", str(error).splitlines()[0], "export the bundle again"
+        ) from error
+    for group in read_golden(folder / GOLDEN):
+        check_golden(folder / GRAPH, policy.logits(group), group)
+    return policy
+
+
+def is_bundle(folder: str | Path) -> bool:
+    """Whether a folder claims to be a bundle."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(path, "file", error.strerror, "the bundle is incomplete; export it again") from error
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    found = sha256(path)
+    if found != expected:
+        raise InputError(path, "sha256", found, f"expected {expected}; the file was changed after export")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    found = sha256(path)
+    try:
+        expected = (folder / f"{MANIFEST}.sha256").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            folder, f"{MANIFEST}.sha256", str(error), "the bundle is incomplete; export it again"
+        ) from error
+    if expected != digest_line(found):
+        raise InputError(
+            path, "sha256", found, f"{MANIFEST}.sha256 says otherwise; the file was changed after export"
+        )
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise InputError(path, "format", manifest["format"], f"this version reads format {FORMAT}")
+    return manifest
+
+
+def digest_line(digest: str) -> str:
+    """The manifest's line as sha256sum writes it."""
+    return f"{digest}  {MANIFEST}\n"
+
+
+def read_golden(path: Path) -> list[dict[str, np.ndarray]]:
+    """The golden groups, one a shape: arrays of an observation with `logits` [B, C] and `answers` [B].
+
+    Raises:
+        InputError: for a file that is not safetensors.
+    """
+    try:
+        flat = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(path, "safetensors", str(error), "the bundle is damaged; export it again") from error
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in flat.items():
+        group, name = key.split(".", 1)
+        groups.setdefault(group, {})[name] = array
+    return [groups[key] for key in sorted(groups)]
+
+
+def check_golden(where: object, logits: np.ndarray, golden: dict[str, np.ndarray]) -> None:
+    """Compare the scores of a runtime with the golden ones on legal candidates.
+
+    Raises:
+        InputError: naming the largest deviation.
+    """
+    legal = golden["mask"] != 0
+    expected = golden["logits"]
+    if logits.shape != expected.shape:
+        raise InputError(where, "golden logits", logits.shape, f"expected shape {expected.shape}")
+    deviation = np.abs(logits - expected)[legal] - TOLERANCE * np.abs(expected)[legal]
+    if not (deviation <= TOLERANCE).all():
+        raise InputError(where, "golden logits", float(deviation.max()), f"deviate by more than {TOLERANCE}")
+    chosen = np.take_along_axis(expected, golden["answers"][:, None], 1)
+    own = np.take_along_axis(expected, logits.argmax(axis=1)[:, None], 1)
+    if not (chosen - own <= TOLERANCE * (1 + np.abs(chosen))).all():
+        raise InputError(
+            where, "golden answers", logits.argmax(axis=1).tolist(), f"expected {golden['answers'].tolist()}"
+        )

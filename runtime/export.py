@@ -1,0 +1,249 @@
+"""Writes bundles: network -> ONNX, safetensors, golden answers; checked in two runtimes before it appears."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from servegym import __version__
+from servegym.envs.cluster import schema
+from servegym.errors import InputError
+from servegym.models import numpy_policy
+from servegym.models.dense import DenseNetwork
+from servegym.runtime.bundle import (
+    CARD,
+    FORMAT,
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    TOLERANCE,
+    WEIGHTS,
+    BundlePolicy,
+    check_golden,
+    digest_line,
+    is_bundle,
+    load_bundle,
+    sha256,
+)
+
+OPSET = 20
+ARRAYS = (
+    "instances",
+    "requests",
+    "candidates",
+    "edges",
+    "globals",
+    "history",
+    "instance_mask",
+    "mask",
+    "kind",
+)
+ACTIONS = (
+    "argmax of logits; 0 leaves the choice to the default rule, k >= 1 sends the request to instance row "
+    "k - 1; candidates with mask 0 score at most -1e9"
+)
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a policy comes from; goes into the manifest as it is.
+
+    Attributes:
+        policy: its name.
+        command: the training command.
+        revision: git revision of the code, or None.
+        scenario: the scenario as plain data.
+        decisions: decisions trained on.
+        seed: training seed.
+        traces: SHA-256 of each trace file by path; empty for embedded workloads.
+        fallback: heuristic to play at a time-out, NaN or stale state.
+    """
+
+    policy: str
+    command: str = ""
+    revision: str | None = None
+    scenario: dict[str, Any] = field(default_factory=dict)
+    decisions: int = 0
+    seed: int = 0
+    traces: dict[str, str] = field(default_factory=dict)
+    fallback: str = "least_tokens"
+
+
+def export_bundle(
+    network: DenseNetwork, observations: Sequence[Arrays], folder: Path, origin: Origin
+) -> BundlePolicy:
+    """Write a bundle and return it loaded.
+
+    Args:
+        network: the trained network.
+        observations: batches of real observations, preferably of several fleet sizes; they become golden.
+        folder: where the bundle goes; an older bundle there is replaced, anything else is refused.
+        origin: goes into the manifest.
+
+    Raises:
+        InputError: the folder holds something else, or ONNX Runtime or numpy disagrees with torch; nothing
+            is written then.
+    """
+    if folder.exists() and not (folder.is_dir() and (is_bundle(folder) or not any(folder.iterdir()))):
+        raise InputError(folder, "output", str(folder), "exists and is no bundle; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        draft = Path(scratch) / "bundle"
+        draft.mkdir()
+        _write(network, observations, draft, origin)
+        load_bundle(draft)
+        if folder.exists():
+            folder.replace(Path(scratch) / "old")
+        draft.replace(folder)
+    return load_bundle(folder)
+
+
+def _write(network: DenseNetwork, observations: Sequence[Arrays], draft: Path, origin: Origin) -> None:
+    weights = {name: value.detach().cpu().numpy() for name, value in network.named_parameters()}
+    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, draft / WEIGHTS)
+    golden = [_golden(network, obs) for obs in observations]
+    save_file(
+        {f"{i}.{name}": a for i, group in enumerate(golden) for name, a in group.items()}, draft / GOLDEN
+    )
+    stored = load_file(draft / WEIGHTS)
+    for group in golden:
+        check_golden("numpy", numpy_policy.forward(stored, group)[0], group)
+    _write_graph(network, golden[0], draft / GRAPH)
+    measured = decision_us(BundlePolicy(draft / GRAPH, {"policy": origin.policy}), golden[0])
+    manifest = _manifest(network, origin, measured)
+    (draft / CARD).write_text(_card(manifest), encoding="utf-8")
+    manifest["files"] = {name: sha256(draft / name) for name in (GRAPH, WEIGHTS, GOLDEN, CARD)}
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (draft / f"{MANIFEST}.sha256").write_text(digest_line(sha256(draft / MANIFEST)), encoding="utf-8")
+
+
+def _golden(network: DenseNetwork, obs: Arrays) -> dict[str, np.ndarray]:
+    arrays = {name: np.ascontiguousarray(obs[name]) for name in ARRAYS}
+    with torch.no_grad():
+        logits = network({name: torch.from_numpy(a) for name, a in arrays.items()})[0].numpy()
+    return {**arrays, "logits": logits, "answers": logits.argmax(axis=1)}
+
+
+class _Scores(nn.Module):
+    """The network as a function of named arrays; ONNX scatters take 64-bit indices only."""
+
+    def __init__(self, network: DenseNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        instances: Tensor,
+        requests: Tensor,
+        candidates: Tensor,
+        edges: Tensor,
+        globals: Tensor,
+        history: Tensor,
+        instance_mask: Tensor,
+        mask: Tensor,
+        kind: Tensor,
+    ) -> Tensor:
+        arrays = (instances, requests, candidates.long(), edges, globals, history, instance_mask, mask, kind)
+        return self.network(dict(zip(ARRAYS, arrays, strict=True)))[0]
+
+
+def _write_graph(network: DenseNetwork, example: Arrays, path: Path) -> None:
+    """Torch -> ONNX; torch takes sizes of 1 for constants, so the example has a batch of at least 2."""
+    batch, instances, candidates = (torch.export.Dim(n) for n in ("batch", "instances", "candidates"))
+    shapes: dict[str, dict[int, Any]] = {name: {0: batch} for name in ARRAYS}
+    for name in ("instances", "instance_mask"):
+        shapes[name][1] = instances
+    for name in ("candidates", "edges", "mask"):
+        shapes[name][1] = candidates
+    arrays = tuple(torch.from_numpy(np.concatenate([example[name]] * 2)) for name in ARRAYS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            _Scores(network).eval(), arrays, input_names=list(ARRAYS), output_names=["logits"],
+            dynamic_shapes=shapes, opset_version=OPSET, dynamo=True, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    program.save(str(path))
+
+
+def decision_us(policy: BundlePolicy, golden: Arrays, instances: int = 16, repeats: int = 1000) -> float:
+    """Median microseconds of one decision among `instances` engines, observation in, answer out."""
+    obs = resize(golden, instances)
+    samples = np.empty(repeats)
+    for i in range(repeats):
+        start = time.perf_counter_ns()
+        policy.act(obs)
+        samples[i] = time.perf_counter_ns() - start
+    return float(np.median(samples)) / 1e3
+
+
+def resize(obs: Arrays, instances: int) -> dict[str, np.ndarray]:
+    """The first lane of a dispatch observation, its instance rows repeated or cut to a fleet of that size."""
+    rows = np.arange(instances) % int(obs["instance_mask"][0].sum())
+    edges = np.concatenate([[0], 1 + rows])
+    out = {name: np.ascontiguousarray(obs[name][:1]) for name in ARRAYS}
+    out["instances"], out["instance_mask"] = obs["instances"][:1, rows], obs["instance_mask"][:1, rows]
+    out["edges"], out["mask"] = obs["edges"][:1, edges], obs["mask"][:1, edges]
+    out["candidates"] = obs["candidates"][:1, edges].copy()
+    out["candidates"][0, 1:, 1] = np.arange(instances)
+    out["candidates"][0, 0, 1] %= instances
+    return out
+
+
+def _manifest(network: DenseNetwork, origin: Origin, measured_us: float) -> dict[str, Any]:
+    packages = ("servegym", "torch", "onnx", "onnxruntime", "numpy", "safetensors")
+    return {
+        "format": FORMAT,
+        "policy": origin.policy,
+        "kind": "dispatch",
+        "schema": {"hash": schema.schema_hash(), **schema.describe()},
+        "actions": ACTIONS,
+        "network": vars(network.config),
+        "fallback": origin.fallback,
+        "onnx": {"opset": OPSET, "inputs": list(ARRAYS), "output": "logits"},
+        "golden": {"tolerance": TOLERANCE},
+        "decision_us": {"instances": 16, "runtime": "onnxruntime, 1 thread", "p50": round(measured_us, 1)},
+        "training": {
+            "command": origin.command, "revision": origin.revision, "seed": origin.seed,
+            "decisions": origin.decisions, "scenario": origin.scenario, "traces": origin.traces,
+        },
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in packages}},
+    }  # fmt: skip
+
+
+def _version(name: str) -> str | None:
+
+    return __version__ if name == "servegym" else version(name)
+
+
+def _card(manifest: dict[str, Any]) -> str:
+    training, decision = manifest["training"], manifest["decision_us"]
+    return f"""# {manifest["policy"]}
+
+A dispatch policy for clusters that serve large language models, exported by ServeGym.
+
+- load: `servegym.runtime.bundle.load_bundle("path/to/this/folder")`, without torch
+- observation schema: `{manifest["schema"]["hash"]}` (features, units and scaling in {MANIFEST})
+- answer: {manifest["actions"]}
+- one decision among {decision["instances"]} instances: {decision["p50"]} us (median, {decision["runtime"]})
+- fall back to: `{manifest["fallback"]}`
+- trained by: `{training["command"]}`
+- seed {training["seed"]}, {training["decisions"]} decisions, code revision {training["revision"] or "unknown"}
+- check: `sha256sum -c {MANIFEST}.sha256`; a correct runtime reproduces {GOLDEN} within {TOLERANCE}
+"""

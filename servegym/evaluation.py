@@ -1,0 +1,169 @@
+"""Evaluation: policies x settings -> records -> metrics with intervals; functions without shared state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from servegym.agents.play import play
+from servegym.agents.policy import Policy
+from servegym.envs.cluster.episode import Episode, make_episodes
+from servegym.envs.metrics import METRICS, Interval, class_slos, interval, paired_difference, summarize
+from servegym.envs.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table: a fleet at an offered load.
+
+    Attributes:
+        cluster: the fleet.
+        load: offered load as a fraction of the fleet's saturation throughput on the workload.
+    """
+
+    cluster: str
+    load: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy in one setting; arrays have one entry a seed.
+
+    Attributes:
+        policy: its name.
+        oracle: whether it reads what no deployment knows.
+        learned: whether it is a checkpoint or a bundle.
+        samples: metric name -> float64 [seeds].
+    """
+
+    policy: str
+    oracle: bool
+    learned: bool
+    samples: dict[str, np.ndarray]
+
+    def interval(self, metric: str) -> Interval:
+        """Mean and 95% interval of a metric over the seeds."""
+        return interval(self.samples[metric])
+
+    def against(self, other: Row, metric: str) -> Interval:
+        """Mean and 95% interval of the difference to another row, seed by seed."""
+        return paired_difference(self.samples[metric], other.samples[metric])
+
+
+@dataclass(frozen=True)
+class Table:
+    """All policies in one setting, best goodput first.
+
+    Attributes:
+        setting: fleet and load.
+        rate_rps: mean arrival rate over the seeds, requests/s.
+        rows: one a policy.
+    """
+
+    setting: Setting
+    rate_rps: float
+    rows: tuple[Row, ...]
+
+    @property
+    def best_heuristic(self) -> Row:
+        """The first row that is neither learned nor an oracle, else the first row."""
+        return next((row for row in self.rows if not row.learned and not row.oracle), self.rows[0])
+
+
+def episodes_of(scenario: Scenario, setting: Setting, seeds: int, seed: int) -> list[Episode]:
+    """The episodes that every policy plays in a setting: common random numbers."""
+    fixed = replace(scenario, clusters=(setting.cluster,), loads=(setting.load, setting.load))
+    return make_episodes(fixed, seeds, seed)
+
+
+def measure(
+    policy: Policy,
+    scenario: Scenario,
+    episodes: Sequence[Episode],
+    *,
+    learned: bool = False,
+    num_threads: int = 2,
+    seed: int = 0,
+) -> Row:
+    """Play one policy on all episodes, one lane each, and summarise its records."""
+    records = play(policy, scenario, episodes, num_threads=num_threads, seed=seed)
+    episode_metrics = [
+        summarize(r, class_slos(e.workload.class_names, scenario.slo, scenario.class_slo))
+        for r, e in zip(records, episodes, strict=True)
+    ]
+    samples = {m.name: np.array([metrics[m.name] for metrics in episode_metrics]) for m in METRICS}
+    return Row(policy.name, policy.needs_oracle, learned, samples)
+
+
+def compare(
+    heuristics: Iterable[Policy],
+    learned: Iterable[Policy],
+    scenario: Scenario,
+    settings: Sequence[Setting],
+    *,
+    seeds: int = 5,
+    seed: int = 0,
+    num_threads: int = 2,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Table]:
+    """One table a setting; within it every policy meets the same requests.
+
+    Args:
+        heuristics: policies to compare with.
+        learned: checkpoints and bundles.
+        scenario: what surrounds the settings: workload, SLO, staleness, episode length.
+        settings: fleets and loads.
+        seeds: episodes a setting; each draws its own window, prediction errors and noise.
+        seed: of the first episode.
+        num_threads: lanes that run at the same time.
+        progress: told what runs next.
+    """
+    policies = [(p, False) for p in heuristics] + [(p, True) for p in learned]
+    tables = []
+    for setting in settings:
+        episodes = episodes_of(scenario, setting, seeds, seed)
+        rows = []
+        for policy, is_learned in policies:
+            progress(f"{setting.cluster} at load {setting.load:.2f}: {policy.name}")
+            rows.append(
+                measure(policy, scenario, episodes, learned=is_learned, num_threads=num_threads, seed=seed)
+            )
+        rate = float(np.mean([e.workload.rate_rps for e in episodes]))
+        tables.append(Table(setting, rate, tuple(sorted(rows, key=_rank))))
+    return tables
+
+
+def _rank(row: Row) -> tuple[float, float]:
+    return -row.interval("goodput").mean, row.interval("e2e_mean_s").mean
+
+
+def as_json(tables: Sequence[Table]) -> list[dict]:
+    """Plain data for results.json: every metric with its interval, its samples and the paired difference."""
+    return [
+        {
+            "cluster": table.setting.cluster,
+            "load": table.setting.load,
+            "rate_rps": table.rate_rps,
+            "best_heuristic": table.best_heuristic.policy,
+            "policies": [_row_json(row, table.best_heuristic) for row in table.rows],
+        }
+        for table in tables
+    ]
+
+
+def _row_json(row: Row, best: Row) -> dict:
+    metrics = {}
+    for name, values in row.samples.items():
+        own, gain = row.interval(name), row.against(best, name)
+        metrics[name] = {
+            "mean": _number(own.mean), "half_width": _number(own.half_width),
+            "against_best": _number(gain.mean), "against_best_half_width": _number(gain.half_width),
+            "samples": [_number(v) for v in values],
+        }  # fmt: skip
+    return {"policy": row.policy, "oracle": row.oracle, "learned": row.learned, "metrics": metrics}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

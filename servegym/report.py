@@ -1,0 +1,117 @@
+"""What evaluation shows: a table a setting, and plots over the load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table as RichTable
+
+from servegym.envs.metrics import Interval
+from servegym.evaluation import Row, Table
+
+WIDTH = 160
+_LATENCIES = (("TTFT", "ttft", 1.0, "s"), ("TPOT", "tpot", 1e3, "ms"), ("E2E", "e2e", 1.0, "s"))
+
+
+def render(table: Table) -> RichTable:
+    """A rich table of at most `WIDTH` characters; `±` is the half-width of a 95% interval over the seeds."""
+    best = table.best_heuristic
+    seeds = len(best.samples["goodput"])
+    setting = table.setting
+    out = RichTable(
+        title=f"{setting.cluster} at {table.rate_rps:.2f} requests/s "
+        f"({setting.load:.0%} of saturation), {seeds} seeds",
+        caption=f"Δ: paired difference in goodput to {best.policy}, percentage points; * trained; "
+        "† reads the future; preempt: preemptions per 1000 requests; open: unfinished requests",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
+    out.add_column("policy", no_wrap=True, max_width=26)
+    for header in ("goodput %", "Δ best"):
+        out.add_column(header, justify="right", no_wrap=True)
+    for label, _, _, unit in _LATENCIES:
+        for statistic in ("mean", "P50", "P99"):
+            out.add_column(f"{label}\n{statistic} {unit}", justify="right", no_wrap=True)
+    for header in ("pre-\nempt", "cache\nhits %", "open"):
+        out.add_column(header, justify="right", no_wrap=True)
+    for row in table.rows:
+        out.add_row(*_cells(row, best), style="bold" if row.learned else None)
+    return out
+
+
+def _cells(row: Row, best: Row) -> list[str]:
+    cells = [row.policy + "*" * row.learned + "†" * row.oracle, _percent(row.interval("goodput"))]
+    cells.append("" if row is best else _percent(row.against(best, "goodput"), sign="+"))
+    for _, name, factor, _ in _LATENCIES:
+        mean = row.interval(f"{name}_mean_s")
+        cells.append(f"{_short(mean.mean * factor)}±{_short(mean.half_width * factor)}")
+        cells += [_short(row.interval(f"{name}_{q}_s").mean * factor) for q in ("p50", "p99")]
+    cells.append(_short(row.interval("preemptions").mean * 1e3))
+    cells.append(f"{row.interval('cache_hits').mean * 100:.1f}")
+    cells.append(f"{row.interval('unfinished').mean:.0f}")
+    return cells
+
+
+def _percent(value: Interval, sign: str = "") -> str:
+    return f"{value.mean * 100:{sign}.2f}±{value.half_width * 100:.2f}"
+
+
+def _short(value: float) -> str:
+    """Three significant digits without an exponent."""
+    if value != value:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+PLOTS = (("goodput", "goodput (fraction)", False), ("ttft_p99_s", "TTFT P99 (s)", True),
+         ("tpot_p99_s", "TPOT P99 (s)", True), ("e2e_p99_s", "E2E P99 (s)", True))  # fmt: skip
+
+
+def plot(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """One PNG a fleet: four metrics over the offered load with 95% intervals; needs matplotlib.
+
+    Raises:
+        ImportError: without matplotlib (`pip install servegym[plots]`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = []
+    for number, cluster in enumerate(dict.fromkeys(t.setting.cluster for t in tables)):
+        path = folder / f"load-{number}.png"
+        _plot_cluster([t for t in tables if t.setting.cluster == cluster], path)
+        paths.append(path)
+    return paths
+
+
+def _plot_cluster(tables: Sequence[Table], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharex=True)
+    for axis, (metric, label, is_log) in zip(axes.flat, PLOTS, strict=True):
+        for name in (row.policy for row in tables[0].rows):
+            _plot_policy(axis, tables, name, metric)
+        axis.set(ylabel=label, yscale="log" if is_log else "linear")
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("offered load (fraction of saturation)")
+    figure.suptitle(tables[0].setting.cluster)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right", fontsize="small")
+    figure.tight_layout(rect=(0, 0, 0.82, 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_policy(axis: Any, tables: Sequence[Table], name: str, metric: str) -> None:
+    rows = [next(r for r in t.rows if r.policy == name) for t in tables]
+    values = [row.interval(metric) for row in rows]
+    axis.errorbar(
+        [t.setting.load for t in tables], [v.mean for v in values], [v.half_width for v in values],
+        label=name, marker="o", markersize=3, capsize=2, linewidth=2.0 if rows[0].learned else 0.9,
+    )  # fmt: skip
