@@ -65,11 +65,11 @@ class View:
     def min_max(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Least and largest of `values` [B, I] over the legal instances, each [B, 1].
 
-        A lane without a legal instance yields (inf, -inf), which no comparison takes for a range.
+        No feature is negative; a lane without a legal instance yields (0, 0).
         """
+        high = np.where(self.legal, values, 0.0).max(axis=1, keepdims=True)
         low = np.where(self.legal, values, np.inf).min(axis=1, keepdims=True)
-        high = np.where(self.legal, values, -np.inf).max(axis=1, keepdims=True)
-        return low, high
+        return np.minimum(low, high), high
 
 
 class Rule:
@@ -117,7 +117,7 @@ class Rule:
         cost = np.minimum(self.cost(view), np.finfo(np.float64).max)
         cost[~view.legal] = np.inf
         if self.random_ties:
-            tied = (cost == cost.min(axis=1, keepdims=True)) & view.legal
+            tied = cost == cost.min(axis=1, keepdims=True)
             best = np.where(tied, self._rng.random(cost.shape), -1.0).argmax(axis=1)
         else:
             best = cost.argmin(axis=1)

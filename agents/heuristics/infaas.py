@@ -1,7 +1,7 @@
 """INFaaS++: free memory per running request, blind to the queue.
 
-The baseline of Llumnix (OSDI'24, section 6.1); alibaba/llm-scheduling-artifact, `InstanceLoadInfo`,
-load metric `consumed_speed` without control of prefills. An instance without running requests has load
+The baseline of Llumnix (OSDI'24); alibaba/llm-scheduling-artifact,
+`InstanceLoadInfo.compute_instance_load`, metric `consumed_speed` without load control of prefills. An instance without running requests has load
 minus infinity. Memory and batch size are as last scraped, as an instance reports them; the watermark is
 vLLM's 1% of the blocks.
 

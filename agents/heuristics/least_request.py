@@ -1,7 +1,7 @@
 """Least request: join the shortest queue, counted in requests that the router has in flight.
 
 Winston, "Optimality of the shortest line discipline", J. Applied Probability 14 (1977); LEAST_REQUEST of
-Envoy; `shortest_queue` of SGLang's DP controller.
+Envoy; load balance method `total_requests` of SGLang's data-parallel controller.
 
     argmin_i inflight_i
 """

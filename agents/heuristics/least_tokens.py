@@ -1,6 +1,6 @@
 """Least tokens: join the shortest queue, counted in tokens of context that the router has in flight.
 
-SGLang v0.5, `python/sglang/srt/managers/data_parallel_controller.py`, load balance method `total_tokens`.
+SGLang, `python/sglang/srt/managers/data_parallel_controller.py`, load balance method `total_tokens`.
 
     argmin_i (prompt and streamed tokens in flight)_i
 """

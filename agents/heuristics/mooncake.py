@@ -1,6 +1,6 @@
 """Mooncake's Conductor without remote prefixes: least predicted time to first token.
 
-Qin et al., "Mooncake: Trading More Storage for Less Computation", FAST'25, algorithm 1, over local
+Qin et al., "Mooncake: Trading More Storage for Less Computation", FAST'25, arXiv 2407.00079, algorithm 1, over local
 prefill; prefixes are not copied between instances here and no request is rejected. Both terms know the
 speed of the instance, so the rule suits mixed fleets.
 

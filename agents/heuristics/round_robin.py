@@ -1,5 +1,5 @@
-"""Round robin: each request to the instance after the last one's; the default of vLLM production-stack,
-Dynamo, SGLang's DP controller and Envoy.
+"""Round robin: each request to the instance after the last one's; `round_robin` of SGLang's data-parallel
+controller and ROUND_ROBIN of Envoy.
 
     i = the first legal instance in cyclic order from next;  next = i + 1
 """

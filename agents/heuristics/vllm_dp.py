@@ -1,6 +1,6 @@
 """vLLM's data-parallel load balancer.
 
-vLLM v0.10 to v0.14, `vllm/v1/engine/core_client.py`, `DPLBAsyncMPClient.get_core_engine_for_request`.
+vLLM v0.10.2 and later, `vllm/v1/engine/core_client.py`, `DPLBAsyncMPClient.get_core_engine_for_request`.
 The engines' counts come with the scrapes; between two of them the client adds its own requests to the
 waiting count of the engine that it chose, and a scrape replaces them. Ties go to the first engine in rank
 order (one client starts at rank 0).
@@ -40,7 +40,8 @@ class VllmDP(Rule):
     def cost(self, view: View) -> np.ndarray:
         """Weighted count of waiting and running requests, [B, I]."""
         age = view.instance("scrape_age")
-        # Younger than it was, or than the last decision: the counts have been scraped in between.
+        # Counts younger than the last decision have been scraped since; so have counts younger than they
+        # were, which also tells the start of a new episode, when nothing arrived before.
         fresh = (age < self._age) | (age < view.overall("since_last_arrival_s"))
         self._sent = np.where(fresh, 0.0, self._sent)
         self._age = age

@@ -141,19 +141,19 @@ def test_vllm_dp_counts_its_own_requests_until_the_next_scrape(observe):
     # 6, 14, 7 -> 10, 14, 7 -> 10, 14, 11 -> 14, 14, 11
     assert [act([0.02 * k + 0.01] * 3, 0.005) for k in range(4)] == [1, 3, 1, 3]
     # Instance 0 was scraped at a younger age: 6, 14, 15.
-    assert act([0.01, 0.09, 0.09], 0.02) == 1
-    # All were scraped since the last decision, though they are older than at that decision: 6, 14, 7.
+    assert [act([0.01 + 0.005 * k, 0.09, 0.09], 0.005) for k in range(3)] == [1, 1, 1]
+    # All were scraped since the last decision, though some are older than at that decision: not 18, 14, 15.
     assert act([0.2, 0.2, 0.2], 0.3) == 1
-    # Two scrapes of instance 2, none of instance 0, which has one request on top: 10, 14, 7.
+    # A scrape of instance 2 only; instance 0 has one request on top: 10, 14, 7.
     assert act([0.21, 0.21, 0.001], 0.01) == 3
 
 
 def test_round_robin_cycles_over_the_legal_instances(observe):
     rule = make_heuristic("round_robin")
     rule.reset(1, 0)
-    masks = [[1, 1, 1]] * 4 + [[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]
+    masks = [[1, 1, 1]] * 4 + [[0, 0, 0], [1, 1, 1], [1, 1, 0], [0, 1, 0]]
     answers = [int(rule.act(observe({"inflight": [0, 0, 0]}, legal=mask))[0]) for mask in masks]
-    assert answers == [1, 2, 3, 1, 3, 0, 1, 2]
+    assert answers == [1, 2, 3, 1, 0, 2, 1, 2]
 
 
 def test_round_robin_counts_each_lane_for_itself(observe):
@@ -189,6 +189,18 @@ def test_published_random_ties_are_uniform(observe, name):
     obs = observe({"inflight": [0, 0, 0, 0]}, {"prompt_tokens": 10}, legal=[1, 0, 1, 1])
     share = _frequencies(make_heuristic(name), obs)
     assert share == pytest.approx([0, 1 / 3, 0, 1 / 3, 1 / 3], abs=4 * np.sqrt(2 / 9 / 6000))
+
+
+@pytest.mark.parametrize("name", ["mooncake", "least_work_predicted", "least_work_oracle"])
+def test_idle_mixed_fleet_prefers_the_fast_instance(observe, name):
+    edges = {"prefill_s": [0.2, 0.1, 0.3], "step_after_s": [0.02, 0.01, 0.03]}
+    obs = observe({"inflight": [0, 0, 0]}, REQUEST, edges, oracle=[0.0, 0.0, 0.0])
+    assert answer(make_heuristic(name), obs) == 2
+
+
+def test_infinite_costs_stay_legal(observe):
+    obs = observe(INSTANCES, REQUEST, EDGES, legal=[0, 1, 1], oracle=[np.inf] * 3)
+    assert answer(make_heuristic("least_work_oracle"), obs) == 2
 
 
 def test_large_counts_do_not_round_into_ties(observe):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from servegym.agents.heuristics import HEURISTICS, heuristic_names, make_heuristic
 from servegym.envs.cluster import schema
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 RANDOM = {"random", "power_of_two"}
 STATEFUL = {"round_robin", "vllm_dp"}
 SIZES = {"lanes": st.integers(1, 5), "count": st.integers(1, 9), "seed": st.integers(0, 2**32 - 1)}
