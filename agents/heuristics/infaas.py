@@ -1,9 +1,9 @@
 """INFaaS++: free memory per running request, blind to the queue.
 
 The baseline of Llumnix (OSDI'24); alibaba/llm-scheduling-artifact,
-`InstanceLoadInfo.compute_instance_load`, metric `consumed_speed` without load control of prefills. An instance without running requests has load
-minus infinity. Memory and batch size are as last scraped, as an instance reports them; the watermark is
-vLLM's 1% of the blocks.
+`InstanceLoadInfo.compute_instance_load`, metric `consumed_speed` without load control of prefills. An
+instance without running requests has load minus infinity. Memory and batch size are as last scraped, as an
+instance reports them; the watermark is vLLM's 1% of the blocks.
 
     argmin_i  -(free_i - watermark_i) / n_run_i        free = (1 - kv_usage) * capacity, tokens
 """

@@ -1,9 +1,9 @@
 """llm-d and the Gateway API inference extension: weighted scorers and the max-score picker.
 
-kubernetes-sigs/gateway-api-inference-extension (commit 02308be), `pkg/epp/scheduling/framework/plugins`: `queue-scorer`
-(2), `kv-cache-utilization-scorer` (2), `prefix-cache-scorer` (3), `max-score-picker`, which shuffles
-before it sorts, so ties go at random. Queue and KV usage are as last scraped; nothing is added between
-scrapes, as in the original.
+kubernetes-sigs/gateway-api-inference-extension (commit 02308be),
+`pkg/epp/scheduling/framework/plugins`: `queue-scorer` (weight 2), `kv-cache-utilization-scorer` (2),
+`prefix-cache-scorer` (3), `max-score-picker`, which shuffles before it sorts, so ties go at random. Queue
+and KV usage are as last scraped; nothing is added between scrapes, as in the original.
 
     queue_i = (max waiting - waiting_i) / (max waiting - min waiting), the same for all where all are equal
     argmax_i  w_q * queue_i + w_kv * (1 - kv_usage_i) + w_p * hit_i / prompt

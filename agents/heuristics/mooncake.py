@@ -1,8 +1,8 @@
 """Mooncake's Conductor without remote prefixes: least predicted time to first token.
 
-Qin et al., "Mooncake: Trading More Storage for Less Computation", FAST'25, arXiv 2407.00079, algorithm 1, over local
-prefill; prefixes are not copied between instances here and no request is rejected. Both terms know the
-speed of the instance, so the rule suits mixed fleets.
+Qin et al., "Mooncake: Trading More Storage for Less Computation", FAST'25 (arXiv 2407.00079), algorithm
+1, over local prefill; prefixes are not copied between instances here and no request is rejected. Both
+terms know the speed of the instance, so the rule suits mixed fleets.
 
     argmin_i  queue_s_i + prefill_s_i(prompt - hit_i)
 """
