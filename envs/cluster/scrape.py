@@ -37,13 +37,19 @@ def uniform(bits):
 
 
 @njit(cache=True)
+def _stream(world, l, i):
+    """Random bits of an instance, others in every episode that the lane plays."""
+    return mix(mix(world.lane[l].seed, world.lane[l].plays), i)
+
+
+@njit(cache=True)
 def start_scrape(world, l, i):
     """Forget all readings: the instance is empty and time is 0."""
     inst = world.instance[l, i]
     period = world.sensing[0].period
     inst.next_scrape = NEVER
     if period > 0:
-        inst.next_scrape = np.int64(uniform(mix(mix(world.lane[l].seed, i), 0)) * period)
+        inst.next_scrape = np.int64(uniform(_stream(world, l, i)) * period)
     inst.scraped_at = 0
     inst.seen_preemptions = 0
     inst.seen_running = 0.0
@@ -54,10 +60,14 @@ def start_scrape(world, l, i):
 
 @njit(cache=True)
 def steps_done(inst, t):
-    """Decode steps, with their fraction, that the stretch in flight has made at time t."""
-    if inst.steps == 0:
-        return 0.0
-    return inst.steps * (t - inst.begin) / (inst.until - inst.begin)
+    """Whole decode steps that the stretch in flight has made before time t, by linear interpolation.
+
+    Steps grow longer by microseconds as context grows, so this is a step off at most, near its boundary.
+    """
+    if inst.steps <= 1:
+        return 0
+    done = np.int64(inst.steps * ((t - inst.begin) / (inst.until - inst.begin)))
+    return min(done, inst.steps - 1)
 
 
 @njit(cache=True)
@@ -68,7 +78,11 @@ def running_requests(inst):
 
 @njit(cache=True)
 def kv_usage(world, l, i, t):
-    """Fraction of the KV blocks that requests hold at time t; decodes grow evenly over their stretch."""
+    """Fraction of the KV blocks that requests hold at time t.
+
+    The engine books the blocks of a stretch beyond its first step when it ends; until then each decode of it
+    takes a block in `block_tokens` steps.
+    """
     inst = world.instance[l, i]
     setting = world.setting[world.lane[l].fleet, i]
     grown = steps_done(inst, t) * inst.running / setting.block_tokens
@@ -87,7 +101,7 @@ def _read(world, l, i, tick):
     inst.scraped_at = tick
     noise = world.sensing[0].noise
     if noise > 0.0:
-        bits = mix(mix(world.lane[l].seed, i), tick)
+        bits = mix(_stream(world, l, i), tick)
         spread = noise * math.sqrt(12.0)
         inst.seen_running *= max(0.0, 1.0 + spread * (uniform(mix(bits, _RUNNING)) - 0.5))
         inst.seen_waiting *= max(0.0, 1.0 + spread * (uniform(mix(bits, _WAITING)) - 0.5))

@@ -1,0 +1,296 @@
+"""The observation of a lane, written into the caller's buffers by numba kernels without allocation.
+
+What a deployment cannot know is not read here, but by `_oracle`. The router's estimates are
+
+    inflight_context_tokens   prompts in flight + tokens streamed by requests in flight
+    inflight_predicted_tokens predictions in flight - streamed tokens, at least 0
+    decode_step_s             a decode-only iteration of min(in flight, max_seqs) requests with
+                              min(inflight_context_tokens, capacity) tokens of KV, all equally long
+    queue_s                   inflight_prefill_tokens / prefill_tokens_per_s
+    prefill_s                 the iterations that compute the uncached prompt alone, chunk by chunk
+    step_after_s              decode_step_s with one request and its prompt more
+    kv_after                  (context + predicted, in flight and of this request) / capacity
+
+An exponential mean over T seconds of arrivals at times a is sum(exp(-(now - a) / T)) / T.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from servegym.envs.cluster import prefix, schema
+from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance, fits
+from servegym.envs.cluster.scrape import look, steps_done
+from servegym.envs.cluster.state import FINISH, NEVER, NONE, PS, World
+from servegym.envs.costs.model import decode_ps, prefill_ps
+
+(
+    RUNNING, WAITING, KV_USAGE, PREEMPTIONS, SCRAPE_AGE, INFLIGHT, PREFILL_TOKENS, CONTEXT_TOKENS,
+    PREDICTED_TOKENS, KV_CAPACITY, TOKEN_BUDGET, MAX_SEQS, PREFILL_SPEED, DECODE_STEP, AVAILABLE,
+) = range(len(schema.INSTANCE))  # fmt: skip
+IS_DEFAULT, PREFIX_HIT, QUEUE, PREFILL, STEP_AFTER, KV_AFTER, SESSION_LAST = range(len(schema.EDGE))
+INSTANCES, ARRIVAL_RATE, ARRIVAL_TOKENS, SINCE_LAST, ALL_INFLIGHT = range(len(schema.GLOBAL))
+_SECOND = 1.0 / PS
+
+
+class Frame(NamedTuple):
+    """Observations of L lanes: the arrays of `schema` with a leading lane dimension, R = 1, C = I + 1.
+
+    `oracle` is float64 [L, I], seconds of work truly left on each instance, or [L, 0] where nobody asked.
+    """
+
+    instances: np.ndarray
+    requests: np.ndarray
+    candidates: np.ndarray
+    edges: np.ndarray
+    globals: np.ndarray
+    history: np.ndarray
+    instance_mask: np.ndarray
+    mask: np.ndarray
+    kind: np.ndarray
+    oracle: np.ndarray
+
+
+def make_frame(lanes: int, instances: int, *, oracle: bool = False) -> Frame:
+    """Zeroed buffers for fleets of up to `instances`."""
+    candidates = np.zeros((lanes, instances + 1, 2), np.int32)
+    candidates[:, 1:, 1] = np.arange(instances)
+    return Frame(
+        instances=np.zeros((lanes, instances, len(schema.INSTANCE)), np.float32),
+        requests=np.zeros((lanes, 1, len(schema.REQUEST)), np.float32),
+        candidates=candidates,
+        edges=np.zeros((lanes, instances + 1, len(schema.EDGE)), np.float32),
+        globals=np.zeros((lanes, len(schema.GLOBAL)), np.float32),
+        history=np.zeros((lanes, schema.HISTORY), np.float32),
+        instance_mask=np.zeros((lanes, instances), np.int8),
+        mask=np.zeros((lanes, instances + 1), np.int8),
+        kind=np.zeros(lanes, np.int64),
+        oracle=np.zeros((lanes, instances if oracle else 0), np.float64),
+    )
+
+
+@njit(cache=True)
+def copy_row(frame, target, l):
+    """Copy lane l's observation into another frame."""
+    target.instances[l] = frame.instances[l]
+    target.requests[l] = frame.requests[l]
+    target.candidates[l] = frame.candidates[l]
+    target.edges[l] = frame.edges[l]
+    target.globals[l] = frame.globals[l]
+    target.history[l] = frame.history[l]
+    target.instance_mask[l] = frame.instance_mask[l]
+    target.mask[l] = frame.mask[l]
+    target.kind[l] = frame.kind[l]
+    target.oracle[l] = frame.oracle[l]
+
+
+@njit(cache=True)
+def start_frame(world, frame, l):
+    """Write what stays the same for the whole episode; call it after the lane's restart."""
+    frame.instances[l] = 0.0
+    frame.instance_mask[l] = 0
+    _clear_decision(frame, l)
+    lane = world.lane[l]
+    for i in range(lane.instances):
+        setting = world.setting[lane.fleet, i]
+        node = frame.instances[l, i]
+        node[KV_CAPACITY] = setting.blocks * setting.block_tokens
+        node[TOKEN_BUDGET] = setting.budget
+        node[MAX_SEQS] = setting.max_seqs
+        node[PREFILL_SPEED] = setting.prefill_tokens_per_s
+        node[AVAILABLE] = 1.0
+        frame.instance_mask[l, i] = 1
+
+
+@njit(cache=True)
+def _clear_decision(frame, l):
+    """No request to decide about: candidate 0 is the only answer, and stands for nothing."""
+    frame.requests[l] = 0.0
+    frame.edges[l] = 0.0
+    frame.mask[l] = 0
+    frame.mask[l, 0] = 1
+    frame.candidates[l, 0, 1] = 0
+
+
+@njit(cache=True)
+def observe_end(world, frame, l):
+    """The observation after the last request: the same instances, idle, and nothing to decide."""
+    lane = world.lane[l]
+    _arrivals(world, frame, l, NONE)
+    for i in range(lane.instances):
+        look(world, l, i, lane.now)
+        _node(world, frame, l, i)
+    frame.globals[l, ALL_INFLIGHT] = 0.0
+    _clear_decision(frame, l)
+    if frame.oracle.shape[1]:
+        frame.oracle[l] = 0.0
+
+
+@njit(cache=True, error_model="numpy")
+def observe_dispatch(world, frame, l):
+    """The observation of the pending request's dispatch; call it once per decision, when it has arrived."""
+    lane = world.lane[l]
+    r = lane.pending
+    row = world.row[lane.first_row + r]
+    lane.default = default_instance(world, l)
+    _arrivals(world, frame, l, r)
+    _request(world, frame, l, r)
+    last = world.req[l, row.previous_turn].instance if row.previous_turn != NONE else NONE
+    inflight = 0
+    p, budget, uncached, prefill = NONE, NONE, NONE, 0.0
+    for i in range(lane.instances):
+        look(world, l, i, lane.now)
+        n, context, to_come = _node(world, frame, l, i)
+        inflight += n
+        inst = world.instance[l, i]
+        setting = world.setting[lane.fleet, i]
+        hit = 0
+        if inst.unit_blocks and row.prefixes:
+            hit = prefix.match(world, l, i, lane.first_row + r, row.prompt - 1)[0] * inst.unit_tokens
+        # Replicas of one kind cost the same, so the last result is often the one that is needed.
+        if setting.profile != p or setting.budget != budget or row.prompt - hit != uncached:
+            p, budget, uncached = setting.profile, setting.budget, row.prompt - hit
+            prefill = _prefill_s(world, p, uncached, hit, budget)
+        capacity = setting.blocks * setting.block_tokens
+        n_after = min(n + 1, setting.max_seqs)
+        edge = frame.edges[l, i + 1]
+        edge[PREFIX_HIT] = hit
+        edge[QUEUE] = inst.prefill_tokens / setting.prefill_tokens_per_s
+        edge[PREFILL] = prefill
+        edge[STEP_AFTER] = _step_s(world, p, n_after, min(context + row.prompt, capacity))
+        edge[KV_AFTER] = (context + to_come + row.prompt + row.predicted) / capacity
+        edge[SESSION_LAST] = i == last
+        frame.mask[l, i + 1] = fits(world, l, i, r)
+        if frame.oracle.shape[1]:
+            frame.oracle[l, i] = _oracle(world, l, i)
+    frame.globals[l, ALL_INFLIGHT] = inflight
+    frame.candidates[l, 0, 1] = lane.default
+    frame.edges[l, 0] = frame.edges[l, lane.default + 1]
+    frame.edges[l, 0, IS_DEFAULT] = 1.0
+
+
+@njit(cache=True, error_model="numpy")
+def _node(world, frame, l, i):
+    """Write an instance's changing features.
+
+    Returns:
+        requests, context tokens and predicted tokens in flight there.
+    """
+    lane = world.lane[l]
+    inst = world.instance[l, i]
+    setting = world.setting[lane.fleet, i]
+    streamed = inst.streamed_tokens + steps_done(inst, lane.now) * inst.running
+    n = inst.inflight
+    context = inst.prompt_tokens + streamed
+    to_come = max(0, inst.predicted_tokens - streamed)
+    capacity = setting.blocks * setting.block_tokens
+    node = frame.instances[l, i]
+    node[RUNNING] = inst.seen_running
+    node[WAITING] = inst.seen_waiting
+    node[KV_USAGE] = inst.seen_usage
+    node[PREEMPTIONS] = inst.seen_rise
+    node[SCRAPE_AGE] = (lane.now - inst.scraped_at) * _SECOND
+    node[INFLIGHT] = n
+    node[PREFILL_TOKENS] = inst.prefill_tokens
+    node[CONTEXT_TOKENS] = context
+    node[PREDICTED_TOKENS] = to_come
+    node[DECODE_STEP] = _step_s(world, setting.profile, min(n, setting.max_seqs), min(context, capacity))
+    return n, context, to_come
+
+
+@njit(cache=True)
+def _request(world, frame, l, r):
+    """Write the pending request's features, in the order of schema.REQUEST."""
+    lane = world.lane[l]
+    row = world.row[lane.first_row + r]
+    node = frame.requests[l, 0]
+    node[0] = row.prompt
+    node[1] = row.predicted
+    node[2] = row.priority
+    node[3] = row.slo_ttft
+    node[4] = row.slo_tpot
+    node[5] = row.weight
+    node[6] = (lane.now - world.req[l, r].arrived) * _SECOND
+    node[7] = row.turn
+
+
+@njit(cache=True)
+def _arrivals(world, frame, l, r):
+    """Bring the router's arrival statistics up to now, count request r unless NONE, and write them."""
+    lane = world.lane[l]
+    since = (lane.now - lane.last_arrival) * _SECOND
+    decay = math.exp(-since / RATE_MEMORY_S)
+    rate, tokens = lane.arrival_rate * decay, lane.prompt_rate * decay
+    second = lane.now // PS
+    for passed in range(max(lane.history_second + 1, second - schema.HISTORY + 1), second + 1):
+        world.history[l, passed % schema.HISTORY] = 0.0
+    lane.history_second = second
+    if r != NONE:
+        rate += 1.0 / RATE_MEMORY_S
+        tokens += world.row[lane.first_row + r].prompt / RATE_MEMORY_S
+        lane.arrival_rate, lane.prompt_rate, lane.last_arrival = rate, tokens, lane.now
+        world.history[l, second % schema.HISTORY] += 1.0
+    for k in range(schema.HISTORY):
+        frame.history[l, k] = world.history[l, (second + 1 + k) % schema.HISTORY]
+    frame.globals[l, INSTANCES] = lane.instances
+    frame.globals[l, ARRIVAL_RATE] = rate
+    frame.globals[l, ARRIVAL_TOKENS] = tokens
+    frame.globals[l, SINCE_LAST] = since
+
+
+@njit(cache=True, error_model="numpy")
+def _step_s(costs, p, n, context):
+    """Seconds of a decode-only iteration of n requests, `context` tokens of KV in all, equally long."""
+    if n == 0:
+        return 0.0
+    return (costs.linear[p, n] + costs.head[p, n] + decode_ps(costs, p, n, context, context // n)) * _SECOND
+
+
+@njit(cache=True, error_model="numpy")
+def _prefill_s(costs, p, uncached, past, budget):
+    """Seconds of the iterations that compute `uncached` prompt tokens behind `past` cached ones, alone.
+
+    Attention grows linearly with the past, so all full chunks together cost as many at their mean past.
+    """
+    full = (uncached - 1) // budget
+    rest = uncached - full * budget
+    ps = costs.linear[p, rest] + costs.head[p, 1] + prefill_ps(costs, p, rest, past + full * budget)
+    if full:
+        attention = prefill_ps(costs, p, budget, past + (full - 1) * budget // 2)
+        ps += full * (costs.linear[p, budget] + costs.head[p, 1] + attention)
+    return ps * _SECOND
+
+
+@njit(cache=True, error_model="numpy")
+def _oracle(world, l, i):
+    """Seconds of work truly left on an instance: what no deployment knows.
+
+    prompt tokens to compute / prefill_tokens_per_s + output tokens to come x decode_step_s(n, context) / n for
+    the n requests that are there now, so that work is measured at the present degree of batching.
+    """
+    lane = world.lane[l]
+    inst = world.instance[l, i]
+    setting = world.setting[lane.fleet, i]
+    if inst.inflight == 0:
+        return 0.0
+    prompt, output = 0, 0
+    for k in range(inst.running + inst.fresh):
+        output += world.run[l, i, FINISH, k] - inst.clock
+    output -= steps_done(inst, lane.now) * inst.running
+    if inst.part != NONE:
+        prompt += inst.part_goal - inst.part_done
+        output += world.row[lane.first_row + inst.part].output - world.req[l, inst.part].done
+    r = inst.head
+    while r != NONE:
+        row = world.row[lane.first_row + r]
+        prompt += row.prompt + world.req[l, r].done
+        output += row.output - world.req[l, r].done
+        r = world.req[l, r].next
+    n = min(inst.inflight, setting.max_seqs)
+    context = min(inst.prompt_tokens + inst.streamed_tokens, setting.blocks * setting.block_tokens)
+    step = _step_s(world, setting.profile, n, context)
+    return prompt / setting.prefill_tokens_per_s + output * step / n
