@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from servegym.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -27,23 +32,26 @@ class NetworkConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise InputError("network", name, value, f"give an integer from {low} to {high}")
 
-    @classmethod
-    def from_dict(cls, where: object, raw: Any) -> NetworkConfig:
-        """Read the configuration back from JSON.
 
-        Raises:
-            InputError: naming `where` and the field, for a missing, unknown or ill-typed one.
-        """
-        if not isinstance(raw, Mapping):
-            raise InputError(where, "network", raw, "expected a table")
-        names = {f.name for f in fields(cls)}
-        for name in sorted(names ^ set(raw)):
-            raise InputError(
-                where, f"network.{name}", raw.get(name), "missing" if name in names else "unknown field"
-            )
-        try:
-            return cls(**raw)
-        except InputError as error:
-            raise InputError(
-                where, f"network.{error.field}", error.value, "out of range or ill-typed"
-            ) from error
+def read_config(kind: type[Config], where: object, section: str, raw: Any) -> Config:
+    """Read a configuration back from JSON.
+
+    Args:
+        kind: a dataclass that validates its fields on construction.
+        where: the file, for messages.
+        section: the key under which the table `raw` stands in it.
+
+    Raises:
+        InputError: for a missing, unknown or ill-typed field.
+    """
+    if not isinstance(raw, Mapping):
+        raise InputError(where, section, raw, "expected a table")
+    names = {f.name for f in fields(kind)}
+    for name in sorted(names ^ set(raw)):
+        raise InputError(
+            where, f"{section}.{name}", raw.get(name), "missing" if name in names else "unknown field"
+        )
+    try:
+        return kind(**raw)
+    except InputError as error:
+        raise InputError(where, f"{section}.{error.field}", error.value, error.hint) from error

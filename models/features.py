@@ -12,6 +12,18 @@ import numpy as np
 
 from servegym.envs.cluster import schema
 
+# The arrays that a network reads; others in an observation, such as `oracle`, are not for it.
+ARRAYS = (
+    "instances",
+    "requests",
+    "candidates",
+    "edges",
+    "globals",
+    "history",
+    "instance_mask",
+    "mask",
+    "kind",
+)
 TABLES = {
     "instances": schema.INSTANCE,
     "requests": schema.REQUEST,

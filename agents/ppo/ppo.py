@@ -1,0 +1,317 @@
+"""Proximal policy optimisation (arXiv 1707.06347) over graph observations and semi-Markov time.
+
+Stands on stable-baselines3 for the training loop, callbacks, logger and progress bar; collection and
+update are its own: observations go straight from the vector environment's buffers into the roll-out's,
+the network is dense and small, and actions are drawn with Gumbel noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule, explained_variance, safe_mean
+from torch import Tensor
+
+from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae
+from servegym.agents.ppo.config import PPOConfig
+from servegym.agents.ppo.interrupt import DeferredInterrupt
+from servegym.agents.ppo.tracking import WandbWriter
+from servegym.errors import InputError
+from servegym.models.config import NetworkConfig
+from servegym.models.dense import DenseNetwork
+
+STATISTICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+
+
+class PPO(OnPolicyAlgorithm):
+    """Trains a `DenseNetwork` on a vector environment with graph observations.
+
+    Args:
+        env: resets lanes in the SAME_STEP mode and reports `elapsed_s`; `copy=False` is welcome.
+        network: size of the network.
+        config: hyperparameters.
+        seed: of the initial weights, the environment's first reset, sampling and minibatches.
+        log_dir: folder for TensorBoard's event files; None logs nothing.
+        track: project of Weights & Biases; None does not track. Without an account the run is kept offline.
+        scenario: what is trained on, as plain data, for the checkpoint.
+        command: how the training was started, for the checkpoint.
+        device: torch's name of the device that the network lives on.
+
+    Raises:
+        InputError: for an environment that resets lanes in another way.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        network: NetworkConfig | None = None,
+        config: PPOConfig | None = None,
+        seed: int = 0,
+        log_dir: str | Path | None = None,
+        track: str | None = None,
+        scenario: Mapping[str, Any] | None = None,
+        command: str = "",
+        device: str = "cpu",
+    ) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.SAME_STEP:
+            raise InputError("environment", "autoreset_mode", mode, "PPO needs AutoresetMode.SAME_STEP")
+        self.config = config = config or PPOConfig()
+        super().__init__(
+            policy=ActorCriticPolicy,
+            env=None,  # type: ignore[arg-type]  # stable-baselines3 would wrap it into its own VecEnv
+            learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0)
+            if config.anneal
+            else config.learning_rate,
+            n_steps=config.n_steps,
+            gamma=1.0,  # replaced by exp(-beta * elapsed seconds)
+            gae_lambda=config.gae_lambda,
+            ent_coef=config.entropy_coef,
+            vf_coef=config.value_coef,
+            max_grad_norm=config.max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+        )
+        self.env = env  # type: ignore[assignment]
+        self.n_envs = env.num_envs
+        self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
+        self.scenario, self.command = scenario, command
+        self._setup_lr_schedule()
+        self.network = DenseNetwork(network, seed).to(self.device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5)
+        self.normalizer = ReturnNormalizer()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rollout_buffer = RolloutBuffer(config.n_steps, self.n_envs, self.observation_space)  # type: ignore
+        self.episode_return, self.episode_length = np.zeros(self.n_envs), np.zeros(self.n_envs, np.int64)
+        self._seconds = {"env": 0.0, "policy": 0.0, "update": 0.0}
+        writers: list[KVWriter] = []
+        if log_dir is not None:
+            writers.append(TensorBoardOutputFormat(str(log_dir)))
+        if track is not None:
+            writers.append(
+                WandbWriter(track, log_dir, {"ppo": vars(config), "scenario": scenario, "seed": seed})
+            )
+        self.set_logger(Logger(None if log_dir is None else str(log_dir), writers))
+
+    def learn(  # type: ignore[override]
+        self,
+        total_timesteps: int,
+        callback: Any = None,
+        log_interval: int = 1,
+        progress_bar: bool = False,
+    ) -> PPO:
+        """Train until `num_timesteps` decisions are done, those before a resume included.
+
+        Ctrl-C is heard after the update in progress: callbacks see the end of training, and the checkpoint
+        that they save is a place to resume from. A second Ctrl-C interrupts at once.
+
+        Args:
+            total_timesteps: decisions over all lanes; the step size anneals towards this number.
+            callback: stable-baselines3's callbacks.
+            log_interval: updates between two log entries.
+            progress_bar: show stable-baselines3's progress bar.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        if self._last_obs is None:
+            self._last_obs, _ = self.env.reset(seed=self.seed)  # type: ignore[union-attr, call-arg, misc]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with (
+                DeferredInterrupt() as self._interrupt,
+                ThreadPoolExecutor(self.config.num_threads) as self._workers,
+            ):
+                super().learn(
+                    total_timesteps - self.num_timesteps,
+                    callback,
+                    log_interval,
+                    reset_num_timesteps=False,
+                    progress_bar=progress_bar,
+                )
+        finally:
+            torch.set_num_threads(threads)
+        return self
+
+    def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, n_rollout_steps: int) -> bool:
+        """Play `n_rollout_steps` decisions in every lane and estimate their advantages.
+
+        Returns:
+            False where training is to stop: after Ctrl-C, or because a callback says so.
+        """
+        if self._interrupt.pending:
+            return False
+        started, in_env = time.perf_counter(), 0.0
+        callback.on_rollout_start()
+        for step in range(n_rollout_steps):
+            actions = self._decide(step)
+            entered = time.perf_counter()
+            self._last_obs, rewards, terminated, truncated, info = env.step(actions)
+            in_env += time.perf_counter() - entered
+            self._store(step, rewards, terminated, truncated, info)
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+        self._estimate()
+        self._seconds["env"] += in_env
+        self._seconds["policy"] += time.perf_counter() - started - in_env
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def train(self) -> None:
+        """Improve the network on the last roll-out."""
+        started = time.perf_counter()
+        self._update_learning_rate(self.optimizer)
+        statistics = torch.zeros(len(STATISTICS))
+        for epoch in range(self.config.n_epochs):
+            minibatches = self.rollout_buffer.minibatches(self.config.batch_size, self.generator)
+            statistics = torch.stack([self._step(numbers) for numbers in minibatches]).mean(0)
+            kl = float(statistics[STATISTICS.index("approx_kl")])
+            if 0.0 < self.config.target_kl < kl:
+                break
+        self._n_updates += epoch + 1
+        self._seconds["update"] += time.perf_counter() - started
+        for name, value in zip(STATISTICS, statistics.tolist(), strict=True):
+            self.logger.record(f"losses/{name}", value)
+        self.logger.record("losses/epochs", epoch + 1)
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write the log under CleanRL's stable names, and where the time went."""
+        elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        self.logger.record("charts/SPS", (self.num_timesteps - self._num_timesteps_at_start) / elapsed)
+        if self.ep_info_buffer:
+            self.logger.record("charts/episodic_return", safe_mean([e["r"] for e in self.ep_info_buffer]))
+            self.logger.record("charts/episodic_length", safe_mean([e["l"] for e in self.ep_info_buffer]))
+        total = max(sum(self._seconds.values()), 1e-9)
+        for phase, seconds in self._seconds.items():
+            self.logger.record(f"time/{phase}", seconds / total)
+        self.logger.record("time/collect", (self._seconds["env"] + self._seconds["policy"]) / total)
+        self.logger.dump(step=self.num_timesteps)
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+
+    def _decide(self, step: int) -> np.ndarray:
+        """Draw an answer for each lane: the Gumbel-max trick over finite log-probabilities."""
+        buffer = self.rollout_buffer
+        log_probs, values = self._evaluate(buffer.put(step, self._last_obs))
+        noise = torch.empty(log_probs.shape).exponential_(generator=self.generator).clamp_(min=1e-30).log_()
+        actions = (log_probs - noise).argmax(1)
+        buffer.actions[step] = actions
+        buffer.log_probs[step] = log_probs.gather(1, actions[:, None])[:, 0]
+        buffer.values[step] = values
+        return buffer.actions[step]
+
+    def _evaluate(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:
+        """Log-probabilities, and values in the units of the reward."""
+        with torch.no_grad():
+            logits, values = self.network({name: rows.to(self.device) for name, rows in obs.items()})
+            log_probs = torch.log_softmax(logits, -1).cpu()
+        return log_probs, self.normalizer.mean + self.normalizer.std * values.double().cpu().numpy()
+
+    def _store(
+        self,
+        step: int,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        info: Mapping[str, Any],
+    ) -> None:
+        buffer = self.rollout_buffer
+        buffer.rewards[step] = rewards
+        buffer.discounts[step] = np.exp(-self.config.beta * info["elapsed_s"])
+        buffer.ends[step] = ends = terminated | truncated
+        cut = np.flatnonzero(truncated & ~terminated)
+        buffer.next_values[step] = 0.0
+        if len(cut):
+            final = {name: torch.from_numpy(info["final_obs"][name][cut]) for name in buffer.obs}
+            buffer.next_values[step, cut] = self._evaluate(final)[1]
+        self.episode_return += rewards
+        self.episode_length += 1
+        for lane in np.flatnonzero(ends):
+            self.ep_info_buffer.append({"r": self.episode_return[lane], "l": self.episode_length[lane]})  # type: ignore
+        self.episode_return[ends] = 0.0
+        self.episode_length[ends] = 0
+
+    def _estimate(self) -> None:
+        """Advantages, and targets for the value head in units of the returns seen so far."""
+        buffer = self.rollout_buffer
+        if not (np.isfinite(buffer.rewards).all() and np.isfinite(buffer.values).all()):
+            raise InputError(
+                "environment", "reward or observation", "not finite", "the environment is at fault"
+            )
+        last = self._evaluate({name: torch.from_numpy(self._last_obs[name]) for name in buffer.obs})[1]
+        following = np.concatenate([buffer.values[1:], last[None]])
+        np.copyto(buffer.next_values, following, where=~buffer.ends)
+        advantages = gae(
+            buffer.rewards,
+            buffer.values,
+            buffer.next_values,
+            buffer.discounts,
+            buffer.ends,
+            self.config.gae_lambda,
+        )
+        returns = buffer.values + advantages
+        self.logger.record(
+            "losses/explained_variance", explained_variance(buffer.values.ravel(), returns.ravel())
+        )
+        self._rescale_values(returns)
+        buffer.targets[:] = (returns - self.normalizer.mean) / self.normalizer.std
+        buffer.advantages[:] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    def _rescale_values(self, returns: np.ndarray) -> None:
+        """Update the normaliser and, as PopArt does (arXiv 1602.07714), keep what the value head says."""
+        mean, std, fresh = self.normalizer.mean, self.normalizer.std, self.normalizer.count == 0
+        self.normalizer.update(returns)
+        if fresh:
+            return
+        head = self.network.value_out
+        with torch.no_grad():
+            head.weight *= std / self.normalizer.std
+            head.bias.copy_((head.bias * std + mean - self.normalizer.mean) / self.normalizer.std)
+
+    def _step(self, numbers: Tensor) -> Tensor:
+        """One step of Adam on a minibatch, its gradient computed in as many parts as there are threads."""
+        shares = numbers.chunk(self.config.num_threads)
+        run = self._workers.map if len(shares) > 1 else map
+        parts = list(run(lambda share: self._gradient(share, len(share) / len(numbers)), shares))
+        for i, parameter in enumerate(self.network.parameters()):
+            parameter.grad = sum((gradients[i] for gradients, _ in parts[1:]), start=parts[0][0][i])
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        return torch.stack([statistics for _, statistics in parts]).sum(0)
+
+    def _gradient(self, numbers: Tensor, weight: float) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Gradient and `STATISTICS` of the clipped objective on some decisions, times `weight`."""
+        obs, old = self.rollout_buffer.rows(numbers)
+        obs, old = ({name: rows.to(self.device) for name, rows in group.items()} for group in (obs, old))
+        logits, values = self.network(obs)
+        log_probs = torch.log_softmax(logits, -1)
+        log_ratio = log_probs.gather(1, old["actions"][:, None])[:, 0] - old["log_probs"]
+        ratio = log_ratio.exp()
+        clip = self.config.clip_range
+        gain = torch.min(ratio * old["advantages"], ratio.clamp(1 - clip, 1 + clip) * old["advantages"])
+        policy_loss = -gain.mean()
+        value_loss = (values - old["targets"]).square().mean()
+        entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+        loss = policy_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy
+        gradients = torch.autograd.grad(weight * loss, list(self.network.parameters()))
+        with torch.no_grad():
+            approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+            clipfrac = ((ratio - 1).abs() > clip).float().mean()
+            statistics = weight * torch.stack([policy_loss, value_loss, entropy, approx_kl, clipfrac])
+        return gradients, statistics.cpu()
