@@ -1,6 +1,25 @@
 """Requests: synthetic generators, recorded traces and sessions, all as one array contract."""
 
+from servegym.envs.workloads.catalogue import DEFAULT_WORKLOAD, catalogue, resolve
 from servegym.envs.workloads.generators import GENERATORS, generate
+from servegym.envs.workloads.predict import predicted_output_tokens
+from servegym.envs.workloads.traces import load
+from servegym.envs.workloads.transforms import assign, head, open_loop, scale_rate, window
 from servegym.envs.workloads.workload import Workload, make_workload
 
-__all__ = ["GENERATORS", "Workload", "generate", "make_workload"]
+__all__ = [
+    "DEFAULT_WORKLOAD",
+    "GENERATORS",
+    "Workload",
+    "assign",
+    "catalogue",
+    "generate",
+    "head",
+    "load",
+    "make_workload",
+    "open_loop",
+    "predicted_output_tokens",
+    "resolve",
+    "scale_rate",
+    "window",
+]

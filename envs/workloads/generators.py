@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from servegym.envs.workloads.arrivals import gamma_arrivals, modulated_arrivals
+from servegym.envs.workloads.checks import check_positive, check_whole
 from servegym.envs.workloads.conversations import conversations
-from servegym.envs.workloads.fits import check_positive, check_whole, fit
+from servegym.envs.workloads.fits import fit
 from servegym.envs.workloads.lengths import sample_lengths
 from servegym.envs.workloads.parametric import fixed, llumnix
 from servegym.envs.workloads.sessions import agent_sessions, chat_sessions

@@ -26,7 +26,7 @@ def agent_sessions(name: str, requests: int, rate_rps: float, rng: np.random.Gen
     turns, prompt, compacted = _agent_prompts(draws, f, requests)
     output = _draw(draws, f["output"], requests)
     gap_s = _tool_or_user_gaps(gaps, f, requests)
-    return _on_ring(starts, name, rate_rps, turns, prompt, output, gap_s, compacted)
+    return _workload(starts, name, rate_rps, turns, prompt, output, gap_s, compacted)
 
 
 def chat_sessions(name: str, requests: int, rate_rps: float, rng: np.random.Generator) -> Workload:
@@ -37,9 +37,26 @@ def chat_sessions(name: str, requests: int, rate_rps: float, rng: np.random.Gene
     f = fit(name)["session"]
     draws, gaps, starts = rng.spawn(3)
     turns, prompt, output = _chat_prompts(draws, f, requests)
+    return _workload(
+        starts, name, rate_rps, turns, prompt, output, user_gaps(gaps, output), np.zeros(requests, bool)
+    )
+
+
+def user_gaps(rng: np.random.Generator, output: np.ndarray) -> np.ndarray:
+    """Seconds from the end of the last answer to the next message of a person, [N].
+
+    mooncake_conversation has the times between the arrivals of turns; the answer in between, that of the row
+    above, takes its nominal time of that.
+    """
     between_s = quantile_function(fit("mooncake_conversation")["prefix"]["turn_gap_s"])
-    gap_s = np.maximum(between_s(gaps.random(requests)) - output * NOMINAL_TPOT_S, 0)
-    return _on_ring(starts, name, rate_rps, turns, prompt, output, gap_s, np.zeros(requests, bool))
+    return np.maximum(between_s(rng.random(len(output))) - np.roll(output, 1) * NOMINAL_TPOT_S, 0)
+
+
+def session_units(session: np.ndarray) -> np.ndarray:
+    """Sessions renumbered 0..S-1, every row of an unknown session as one of its own, [N]."""
+    alone = np.arange(len(session)) + session.max() + 1
+    _, unit = np.unique(np.where(session == NO_ID, alone, session), return_inverse=True)
+    return unit
 
 
 def arrange(session: np.ndarray, nominal_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,8 +76,31 @@ def arrange(session: np.ndarray, nominal_s: np.ndarray) -> tuple[np.ndarray, np.
     return order, previous[order]
 
 
-def elapsed(session: np.ndarray, gap_s: np.ndarray, output: np.ndarray) -> np.ndarray:
-    """Nominal seconds from the start of the session to each turn, [N]; gaps of first turns do not count."""
+def on_ring(
+    rng: np.random.Generator, session: np.ndarray, gap_s: np.ndarray, output: np.ndarray, rate_rps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start sessions at random on a ring of N / rate seconds (Poisson of given count); cut them at its end.
+
+    Args:
+        rng: of the starts.
+        session: 0..S-1, the turns of one session are neighbours, in order, [N].
+        gap_s: seconds between the last answer and the turn; of no meaning for first turns, [N].
+        output: output tokens, [N].
+        rate_rps: requests/s.
+
+    Returns:
+        (nominal arrivals, rising within a session; session after the cuts, 0..; whether the turn was cut off
+        the start of its session), [N] each.
+    """
+    window_s = len(session) / rate_rps
+    nominal_s = rng.uniform(0, window_s, session[-1] + 1)[session] + _elapsed(session, gap_s, output)
+    lap = np.floor(nominal_s / window_s)
+    cut = _starts(session) | np.append(False, lap[1:] > lap[:-1])
+    return np.maximum(nominal_s - lap * window_s, 0), np.cumsum(cut) - 1, lap > 0
+
+
+def _elapsed(session: np.ndarray, gap_s: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """Nominal seconds from the start of the session to each turn, [N]."""
     first = _starts(session)
     step = np.where(first, 0.0, gap_s)
     step[1:] += np.where(first[1:], 0.0, output[:-1] * NOMINAL_TPOT_S)
@@ -73,7 +113,7 @@ def next_prompts(chain: np.ndarray, prompt: np.ndarray) -> np.ndarray:
     return np.append(np.where(chain[1:] == chain[:-1], prompt[1:], 0), 0)
 
 
-def _on_ring(
+def _workload(
     rng: np.random.Generator,
     name: str,
     rate_rps: float,
@@ -83,22 +123,19 @@ def _on_ring(
     gap_s: np.ndarray,
     compacted: np.ndarray,
 ) -> Workload:
-    """Start the sessions at random on the ring, cut them at its end and sort the turns.
+    """Lay whole sessions on the ring, sort their turns and name their blocks.
 
     Shapes: turns [S] with sum N; all else [N]. `compacted`: the turn's context restarts after the blocks that
     compaction keeps.
     """
     f = fit(name)
     block_tokens = f["session"]["block_tokens"]
-    window_s = len(prompt) / rate_rps
     whole = np.repeat(np.arange(len(turns)), turns)
     turn = np.arange(len(prompt)) - np.repeat(np.cumsum(turns) - turns, turns)
-    nominal_s = np.repeat(rng.uniform(0, window_s, len(turns)), turns) + elapsed(whole, gap_s, output)
-    lap = np.floor(nominal_s / window_s)
-    cut = _starts(whole) | np.append(False, lap[1:] > lap[:-1])
-    session = np.cumsum(cut) - 1
-    order, after = arrange(session, nominal_s := np.maximum(nominal_s - lap * window_s, 0))
+    nominal_s, session, _ = on_ring(rng, whole, gap_s, output, rate_rps)
+    order, after = arrange(session, nominal_s)
 
+    cut = _starts(session)
     chain = np.cumsum(cut | compacted) - 1
     first_row = np.flatnonzero(cut | compacted)
     root = chain[np.flatnonzero(cut)][session[first_row]]

@@ -7,10 +7,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from servegym.envs.workloads.checks import (
+    check_rows,
+    check_seconds,
+    check_sorted,
+    check_tokens,
+    check_whole_numbers,
+    refuse,
+)
 from servegym.errors import InputError
 
-MAX_TOKENS = 2_000_000  # beyond any context window in use; larger values are units gone wrong
 NO_ID = -1
+_DTYPES: dict[str, type] = {
+    "class_id": np.int16,
+    "priority": np.int16,
+    "tenant": np.int32,
+    "session": np.int32,
+    "turn": np.int32,
+    "after": np.int32,
+}
+_UNKNOWN = {"class_id": 0, "priority": 0, "tenant": NO_ID, "session": NO_ID, "turn": NO_ID, "after": NO_ID}
 
 
 @dataclass(frozen=True)
@@ -95,28 +111,31 @@ def make_workload(
             zero-token or over-long, and for arrays of unequal length.
     """
     n = len(arrived_at_s)
-
-    def column(values: np.ndarray | None, default: int, dtype: type) -> np.ndarray:
-        return np.full(n, default, dtype) if values is None else np.ascontiguousarray(values, dtype)
-
+    given = {
+        "class_id": class_id,
+        "priority": priority,
+        "tenant": tenant,
+        "session": session,
+        "turn": turn,
+        "after": after,
+    }
+    integers = {
+        column: check_whole_numbers(name, column, np.asarray(values), _DTYPES[column])
+        if values is not None
+        else np.full(n, _UNKNOWN[column], _DTYPES[column])
+        for column, values in given.items()
+    }
     workload = Workload(
         name=name,
         arrived_at_s=np.ascontiguousarray(arrived_at_s, np.float64),
-        prompt_tokens=_tokens(name, "prompt_tokens", prompt_tokens),
-        output_tokens=_tokens(name, "output_tokens", output_tokens),
-        class_id=column(class_id, 0, np.int16),
-        priority=column(priority, 0, np.int16),
-        tenant=column(tenant, NO_ID, np.int32),
-        session=column(session, NO_ID, np.int32),
-        turn=column(turn, NO_ID, np.int32),
-        after=column(after, NO_ID, np.int32),
-        gap_s=column(gap_s, 0, np.float64),
-        prefix_offsets=np.zeros(n + 1, np.int64)
-        if prefix_offsets is None
-        else np.ascontiguousarray(prefix_offsets, np.int64),
-        prefix_ids=np.zeros(0, np.int32)
-        if prefix_ids is None
-        else np.ascontiguousarray(prefix_ids, np.int32),
+        prompt_tokens=check_tokens(name, "prompt_tokens", np.asarray(prompt_tokens)),
+        output_tokens=check_tokens(name, "output_tokens", np.asarray(output_tokens)),
+        **integers,
+        gap_s=np.zeros(n) if gap_s is None else np.ascontiguousarray(gap_s, np.float64),
+        prefix_offsets=np.ascontiguousarray(
+            np.zeros(n + 1) if prefix_offsets is None else prefix_offsets, np.int64
+        ),
+        prefix_ids=np.ascontiguousarray([] if prefix_ids is None else prefix_ids, np.int32),
         prefix_block_tokens=prefix_block_tokens,
         class_names=class_names,
     )
@@ -124,66 +143,22 @@ def make_workload(
     return workload
 
 
-def _tokens(name: str, column: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
-    array = np.asarray(values)
-    if array.dtype.kind == "f":
-        bad = np.flatnonzero(~np.isfinite(array) | (array != np.floor(array)))
-        if bad.size:
-            _refuse(name, column, array, int(bad[0]), "token counts are whole numbers")
-    bad = np.flatnonzero((array < 1) | (array > MAX_TOKENS))
-    if bad.size:
-        _refuse(
-            name, column, array, int(bad[0]), f"token counts lie in 1..{MAX_TOKENS}; drop or mend the row"
-        )
-    return np.ascontiguousarray(array, np.int32)
-
-
-def _refuse(name: str, column: str, values: np.ndarray, row: int, hint: str) -> None:
-    raise InputError(name, f"{column}, row {row}", values[row].item(), hint)
-
-
 def _validate(w: Workload) -> None:
     n = len(w)
     if n == 0:
         raise InputError(w.name, "rows", 0, "a workload needs at least one request")
-    for column in (
-        "prompt_tokens",
-        "output_tokens",
-        "class_id",
-        "priority",
-        "tenant",
-        "session",
-        "turn",
-        "after",
-        "gap_s",
-    ):
+    for column in ("prompt_tokens", "output_tokens", "gap_s", *_DTYPES):
         if len(getattr(w, column)) != n:
             raise InputError(w.name, column, len(getattr(w, column)), f"expected {n} rows like arrived_at_s")
-    _check(
-        w,
-        "arrived_at_s",
-        ~np.isfinite(w.arrived_at_s) | (w.arrived_at_s < 0),
-        "arrival seconds are finite and >= 0",
-    )
-    _check(
-        w,
-        "arrived_at_s",
-        np.r_[False, np.diff(w.arrived_at_s) < 0],
-        "rows are sorted by arrival; sort the file",
-    )
-    _check(w, "gap_s", ~np.isfinite(w.gap_s) | (w.gap_s < 0), "gaps are finite and >= 0")
-    _check(
-        w, "class_id", (w.class_id < 0) | (w.class_id >= len(w.class_names)), "not an index into class_names"
-    )
-    _check(w, "after", (w.after < NO_ID) | (w.after >= np.arange(n)), "must be -1 or an earlier row")
+    check_seconds(w.name, "arrived_at_s", w.arrived_at_s)
+    check_sorted(w.name, "arrived_at_s", w.arrived_at_s)
+    check_seconds(w.name, "gap_s", w.gap_s)
+    not_a_class = (w.class_id < 0) | (w.class_id >= len(w.class_names))
+    check_rows(w.name, "class_id", w.class_id, not_a_class, "not an index into class_names")
+    not_earlier = (w.after < NO_ID) | (w.after >= np.arange(n))
+    check_rows(w.name, "after", w.after, not_earlier, "must be -1 or an earlier row")
     _check_followers(w)
     _check_prefixes(w)
-
-
-def _check(w: Workload, column: str, bad: np.ndarray, hint: str) -> None:
-    rows = np.flatnonzero(bad)
-    if rows.size:
-        _refuse(w.name, column, getattr(w, column), int(rows[0]), hint)
 
 
 def _check_followers(w: Workload) -> None:
@@ -191,38 +166,21 @@ def _check_followers(w: Workload) -> None:
     _, first = np.unique(w.after[rows], return_index=True)
     if len(first) < len(rows):
         row = int(np.setdiff1d(np.arange(len(rows)), first)[0])
-        _refuse(w.name, "after", w.after, int(rows[row]), "each request is followed by at most one other")
+        refuse(w.name, "after", w.after, int(rows[row]), "each request is followed by at most one other")
 
 
 def _check_prefixes(w: Workload) -> None:
-    offsets = w.prefix_offsets
-    if (
-        len(offsets) != len(w) + 1
-        or offsets[0] != 0
-        or offsets[-1] != len(w.prefix_ids)
-        or (np.diff(offsets) < 0).any()
-    ):
+    offsets, ids, block = w.prefix_offsets, w.prefix_ids, w.prefix_block_tokens
+    ends = [0, len(ids)]
+    if len(offsets) != len(w) + 1 or (np.diff(offsets) < 0).any() or offsets[[0, -1]].tolist() != ends:
         raise InputError(
-            w.name,
-            "prefix_offsets",
-            offsets[[0, -1]].tolist(),
-            "must rise from 0 to len(prefix_ids), N + 1 rows",
+            w.name, "prefix_offsets", offsets.shape, f"must rise from 0 to {ends[1]}, N + 1 of them"
         )
-    if len(w.prefix_ids) == 0:
+    if len(ids) == 0:
         return
-    if w.prefix_block_tokens < 1:
-        raise InputError(
-            w.name, "prefix_block_tokens", w.prefix_block_tokens, "prefix ids need their block size"
-        )
-    if (w.prefix_ids < 0).any():
-        raise InputError(w.name, "prefix_ids", int(w.prefix_ids.min()), "ids are >= 0")
-    blocks = (w.prompt_tokens.astype(np.int64) + w.output_tokens) // w.prefix_block_tokens
-    too_many = np.flatnonzero(np.diff(offsets) > blocks)
-    if too_many.size:
-        row = int(too_many[0])
-        raise InputError(
-            w.name,
-            f"prefix_ids, row {row}",
-            int(offsets[row + 1] - offsets[row]),
-            f"prompt + output hold only {blocks[row]} full blocks",
-        )
+    if block < 1:
+        raise InputError(w.name, "prefix_block_tokens", block, "prefix ids need their block size")
+    check_rows(w.name, "prefix_ids", ids, ids < 0, "ids are >= 0")
+    full = (w.prompt_tokens.astype(np.int64) + w.output_tokens) // block
+    owned = np.diff(offsets)
+    check_rows(w.name, "prefix_ids", owned, owned > full, "more ids than prompt + output have full blocks")

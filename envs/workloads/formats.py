@@ -1,0 +1,243 @@
+"""Readers of recorded traces: our Parquet schema, and Azure, BurstGPT and Mooncake as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from servegym.envs.workloads.checks import check_rows
+from servegym.envs.workloads.prefixes import dense, row_offsets
+from servegym.envs.workloads.workload import NO_ID
+from servegym.errors import InputError
+
+MOONCAKE_GRID_S = 3.0
+MOONCAKE_BLOCK_TOKENS = 512
+CHAT_BLOCK_TOKENS = 16  # vLLM's block, for conversations whose prefixes follow from their turns
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BURSTGPT_COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
+MOONCAKE_COLUMNS = ("timestamp", "input_length", "output_length")
+PARQUET_COLUMNS = ("arrived_at_s", "prompt_tokens", "output_tokens")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A trace file as numbers, in the order of the file, not yet checked.
+
+    Shapes: [N], but prefix_offsets [N + 1] and prefix_ids (flat).
+
+    Attributes:
+        arrived_at_s: seconds; meaningless unless `clocked`.
+        clocked: whether the arrivals of different sessions share a clock.
+        grid_s: arrivals were rounded down to a multiple of this; 0 for none.
+        prompt_tokens, output_tokens: any number type; NaN where the file has nothing.
+        session, turn, tenant: -1 unknown.
+        gap_s: NaN unknown.
+        class_id, class_names: class of each row.
+        prefix_offsets, prefix_ids, prefix_block_tokens: ids of the prompt's blocks, the last may be partial.
+        prompts_accumulate: a session's prompt is all that was said before and a new message.
+    """
+
+    arrived_at_s: np.ndarray
+    prompt_tokens: np.ndarray
+    output_tokens: np.ndarray
+    session: np.ndarray
+    turn: np.ndarray
+    tenant: np.ndarray
+    gap_s: np.ndarray
+    class_id: np.ndarray
+    prefix_offsets: np.ndarray
+    prefix_ids: np.ndarray
+    class_names: tuple[str, ...] = ("default",)
+    prefix_block_tokens: int = 0
+    prompts_accumulate: bool = False
+    clocked: bool = True
+    grid_s: float = 0.0
+
+
+def read(path: str | Path) -> Recorded:
+    """Read a trace by its extension; errors name the file."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(path, "path", str(path), "is a directory; name one trace file")
+    if not path.is_file():
+        raise InputError(path, "path", str(path), "no such file")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(path, "extension", path.suffix, f"traces are {', '.join(READERS)} files")
+    try:
+        return reader(path)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(path, "contents", reason, f"not a readable {path.suffix} file") from error
+
+
+def _read_parquet(path: Path) -> Recorded:
+    table = pq.ParquetFile(path).read()
+    _need(path, table, PARQUET_COLUMNS)
+    meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    unclocked = meta.get("time") in ("none", "session-relative")
+    known: dict[str, Any] = {}
+    for column, name in (("session_id", "session"), ("turn", "turn"), ("tenant", "tenant")):
+        if column in table.column_names:
+            values = _numbers(path, table, column)
+            known[name] = np.where(np.isnan(values), NO_ID, values)
+    if "gap_s" in table.column_names:
+        known["gap_s"] = _numbers(path, table, "gap_s")
+    if "class" in table.column_names:
+        known["class_id"], known["class_names"] = _categories(table["class"])
+    if "prefix_hash_ids" in table.column_names:
+        known |= _prefixes(path, table["prefix_hash_ids"], meta.get("block_tokens"))
+    if "new_user_tokens" in table.column_names:
+        known |= {"prompts_accumulate": True, "prefix_block_tokens": CHAT_BLOCK_TOKENS}
+    return _recorded(
+        np.zeros(len(table)) if unclocked else _numbers(path, table, "arrived_at_s"),
+        _numbers(path, table, "prompt_tokens"),
+        _numbers(path, table, "output_tokens"),
+        clocked=not unclocked,
+        grid_s=MOONCAKE_GRID_S if "Mooncake" in meta.get("source", "") else 0.0,
+        **known,
+    )
+
+
+def _read_csv(path: Path) -> Recorded:
+    blanks = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
+    table = pyarrow.csv.read_csv(path, convert_options=blanks)
+    if set(AZURE_COLUMNS) <= set(table.column_names):
+        return _azure(path, table)
+    if set(BURSTGPT_COLUMNS) <= set(table.column_names):
+        return _burstgpt(path, table)
+    expected = f"expected {', '.join(AZURE_COLUMNS)} (Azure) or {', '.join(BURSTGPT_COLUMNS)} (BurstGPT)"
+    raise InputError(path, "columns", ", ".join(table.column_names), expected)
+
+
+def _azure(path: Path, table: pa.Table) -> Recorded:
+    """Azure LLM inference traces of 2023 and 2024; time counts from the first row."""
+    arrived, prompt, output = AZURE_COLUMNS
+    return _recorded(
+        _clock(path, table, arrived), _numbers(path, table, prompt), _numbers(path, table, output)
+    )
+
+
+def _burstgpt(path: Path, table: pa.Table) -> Recorded:
+    """BurstGPT; time counts from the first row. Failed requests have no output: see `zero_output`."""
+    arrived, prompt, output = (_numbers(path, table, column) for column in BURSTGPT_COLUMNS)
+    known: dict[str, Any] = {}
+    if "Session ID" in table.column_names:
+        known["session"], _ = _categories(table["Session ID"], unknown=None)
+    if "Log Type" in table.column_names:
+        known["class_id"], known["class_names"] = _categories(table["Log Type"])
+    return _recorded(arrived - arrived[0] if len(arrived) else arrived, prompt, output, **known)
+
+
+def _read_mooncake(path: Path) -> Recorded:
+    """Mooncake's JSONL: milliseconds, and ids of 512-token blocks of which the last may be partial."""
+    table = pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=1 << 24))
+    _need(path, table, MOONCAKE_COLUMNS)
+    milliseconds, prompt, output = (_numbers(path, table, column) for column in MOONCAKE_COLUMNS)
+    known: dict[str, Any] = {}
+    if "hash_ids" in table.column_names:
+        known = _prefixes(path, table["hash_ids"], str(MOONCAKE_BLOCK_TOKENS))
+    on_grid = bool((milliseconds % (1000 * MOONCAKE_GRID_S) == 0).all())
+    return _recorded(milliseconds / 1000, prompt, output, grid_s=MOONCAKE_GRID_S if on_grid else 0.0, **known)
+
+
+READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_mooncake}
+
+
+def _recorded(arrived: np.ndarray, prompt: np.ndarray, output: np.ndarray, **known: Any) -> Recorded:
+    """A trace of which only `known` is known."""
+    n = len(arrived)
+    unknown: dict[str, Any] = {column: np.full(n, NO_ID) for column in ("session", "turn", "tenant")}
+    unknown |= {"gap_s": np.full(n, np.nan), "class_id": np.zeros(n, np.int64)}
+    unknown |= {"prefix_offsets": np.zeros(n + 1, np.int64), "prefix_ids": np.zeros(0, np.int32)}
+    return Recorded(arrived, prompt, output, **unknown | known)
+
+
+def _need(path: Path, table: pa.Table, columns: tuple[str, ...]) -> None:
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        raise InputError(path, "columns", ", ".join(table.column_names), f"there is no {', '.join(missing)}")
+
+
+def _numbers(path: Path, table: pa.Table, name: str) -> np.ndarray:
+    """A column as numbers; what is missing is NaN."""
+    column = table[name]
+    if pa.types.is_null(column.type):
+        return np.full(len(column), np.nan)
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        values = column.to_pylist()
+        row = next((i for i, value in enumerate(values) if not _is_number(value)), 0)
+        raise InputError(path, f"{name}, row {row}", values[row], "must be a number")
+    return column.to_numpy()
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _clock(path: Path, table: pa.Table, name: str) -> np.ndarray:
+    """A column of dates and times as seconds from its first row."""
+    column = table[name]
+    if len(column) == 0:
+        return np.zeros(0)
+    values = column.to_pylist() if not pa.types.is_timestamp(column.type) or column.null_count else []
+    for row, value in enumerate(values):
+        if value is None or not _is_time(value):
+            raise InputError(path, f"{name}, row {row}", value, "must be a date and time")
+    stamp = pa.timestamp("ns", tz=getattr(column.type, "tz", None))
+    nanoseconds = column.cast(stamp).cast(pa.int64()).to_numpy()
+    return (nanoseconds - nanoseconds[0]) * 1e-9
+
+
+def _is_time(value: object) -> bool:
+    try:
+        pa.scalar(value).cast(pa.timestamp("ns"))
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _categories(
+    column: pa.ChunkedArray, unknown: str | None = "default"
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Codes [N] and names; an empty cell is `unknown`, or -1 where that is None."""
+    if unknown is not None:
+        column = pc.fill_null(column.cast(pa.string()), unknown)
+    encoded = column.combine_chunks().dictionary_encode()
+    codes = encoded.indices.fill_null(NO_ID).to_numpy(zero_copy_only=False)
+    return codes, tuple(str(name) for name in encoded.dictionary.to_pylist())
+
+
+def _prefixes(path: Path, column: pa.ChunkedArray, block_tokens: str | None) -> dict[str, Any]:
+    """Ragged ids of a list column; nothing where all lists are empty."""
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise InputError(path, "prefix ids", str(kind), "must be lists of whole numbers")
+    counts = pc.list_value_length(column).fill_null(0).to_numpy()
+    ids = pc.list_flatten(column)
+    if len(ids) == 0:
+        return {}
+    if not pa.types.is_integer(ids.type) or ids.null_count:
+        raise InputError(path, "prefix ids", str(ids.type), "must be lists of whole numbers")
+    if block_tokens is None or not block_tokens.isdigit() or int(block_tokens) == 0:
+        raise InputError(path, "metadata block_tokens", block_tokens, "prefix ids need the tokens of a block")
+    offsets = row_offsets(counts)
+    negative = np.repeat(np.arange(len(counts)), counts)[ids.to_numpy() < 0]
+    check_rows(str(path), "prefix ids", counts, np.isin(np.arange(len(counts)), negative), "ids are >= 0")
+    return {
+        "prefix_offsets": offsets,
+        "prefix_ids": dense(ids.to_numpy()),
+        "prefix_block_tokens": int(block_tokens),
+    }

@@ -1,0 +1,104 @@
+"""Workload in, workload out: windows, rates, classes. Followers and prefixes stay consistent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from servegym.envs.workloads.checks import check_at_least_zero, check_positive, check_whole
+from servegym.envs.workloads.prefixes import dense, take_rows
+from servegym.envs.workloads.sessions import session_units
+from servegym.envs.workloads.workload import NO_ID, Workload, make_workload
+from servegym.errors import InputError
+
+
+def window(w: Workload, start_s: float, duration_s: float) -> Workload:
+    """Requests that arrive in [start_s, start_s + duration_s), counted from start_s on.
+
+    A closed-loop turn whose predecessor lies before the window arrives at its nominal time.
+    """
+    check_at_least_zero(w.name, "start_s", start_s)
+    check_positive(w.name, "duration_s", duration_s)
+    first, last = np.searchsorted(w.arrived_at_s, [start_s, start_s + duration_s])
+    if first == last:
+        span = f"requests arrive in 0..{w.arrived_at_s[-1]:.1f} s"
+        raise InputError(w.name, "window", (start_s, duration_s), f"no request in it; {span}")
+    return _rows(w, slice(first, last), start_s)
+
+
+def head(w: Workload, n: int) -> Workload:
+    """The first `n` requests, or all where there are fewer."""
+    return _rows(w, slice(0, check_whole(w.name, "n", n, 1)), 0.0)
+
+
+def scale_rate(w: Workload, rate_rps: float) -> Workload:
+    """The same requests at a mean rate of `rate_rps`: all times, gaps too, are compressed by one factor.
+
+    Bursts keep their shape, and as many other requests lie between two turns of a session as before.
+    """
+    factor = w.rate_rps / check_positive(w.name, "rate_rps", rate_rps)
+    return _changed(w, arrived_at_s=w.arrived_at_s * factor, gap_s=w.gap_s * factor)
+
+
+def open_loop(w: Workload) -> Workload:
+    """Every request arrives at its nominal time, whenever its predecessor finishes."""
+    return _changed(w, after=None, gap_s=None)
+
+
+def assign(
+    w: Workload,
+    *,
+    classes: Mapping[str, float] | None = None,
+    priorities: Mapping[int, float] | None = None,
+    tenants: Mapping[int, float] | None = None,
+    seed: int = 0,
+) -> Workload:
+    """Draw classes, priorities or tenants with the given fractions; a session keeps one of each.
+
+    Args:
+        w: the workload.
+        classes: name -> fraction of the sessions (single requests count as sessions); fractions sum to 1.
+        priorities: priority -> fraction; lower is more urgent.
+        tenants: tenant -> fraction.
+        seed: seed of the draws.
+    """
+    streams = np.random.default_rng(check_whole(w.name, "seed", seed, 0)).spawn(3)
+    changes: dict[str, Any] = {}
+    if classes is not None:
+        changes["class_names"] = tuple(classes)
+        changes["class_id"] = _draw(w, "classes", classes, streams[0])
+    if priorities is not None:
+        changes["priority"] = np.array(list(priorities))[_draw(w, "priorities", priorities, streams[1])]
+    if tenants is not None:
+        changes["tenant"] = np.array(list(tenants))[_draw(w, "tenants", tenants, streams[2])]
+    return _changed(w, **changes)
+
+
+def _draw(w: Workload, field: str, fractions: Mapping[Any, float], rng: np.random.Generator) -> np.ndarray:
+    """Index of the option of each request, [N]."""
+    p = np.array(list(fractions.values()), np.float64)
+    if not (p.size and (p >= 0).all() and abs(p.sum() - 1) < 1e-6):
+        raise InputError(w.name, field, dict(fractions), "fractions are at least 0 and sum to 1")
+    unit = session_units(w.session)
+    return rng.choice(len(p), size=int(unit.max()) + 1, p=p / p.sum())[unit]
+
+
+def _rows(w: Workload, rows: slice, start_s: float) -> Workload:
+    """Neighbouring rows, their times counted from start_s."""
+    picked = np.arange(len(w))[rows]
+    offsets, ids = take_rows(w.prefix_offsets, w.prefix_ids, picked)
+    after = np.maximum(w.after[rows] - picked[0], NO_ID)
+    changes = {column: getattr(w, column)[rows] for column in _COLUMNS}
+    changes["arrived_at_s"] = w.arrived_at_s[rows] - start_s
+    changes["gap_s"] = np.where(after >= 0, w.gap_s[rows], 0.0)
+    return _changed(w, **changes | {"after": after, "prefix_offsets": offsets, "prefix_ids": dense(ids)})
+
+
+_COLUMNS = ("prompt_tokens", "output_tokens", "class_id", "priority", "tenant", "session", "turn")
+
+
+def _changed(w: Workload, **changes: Any) -> Workload:
+    return make_workload(**{f.name: getattr(w, f.name) for f in fields(w)} | changes)
