@@ -244,6 +244,6 @@ A dispatch policy for clusters that serve large language models, exported by Ser
 - one decision among {decision["instances"]} instances: {decision["p50"]} us (median, {decision["runtime"]})
 - fall back to: `{manifest["fallback"]}`
 - trained by: `{training["command"]}`
-- seed {training["seed"]}, {training["decisions"]} decisions, code revision {training["revision"] or "unknown"}
+- seed {training["seed"]}, {training["decisions"]} decisions, revision {training["revision"] or "unknown"}
 - check: `sha256sum -c {MANIFEST}.sha256`; a correct runtime reproduces {GOLDEN} within {TOLERANCE}
 """

@@ -9,9 +9,12 @@ import numpy as np
 
 from servegym.agents.play import play
 from servegym.agents.policy import Policy
+from servegym.envs.cluster.capacity import saturation_rps
 from servegym.envs.cluster.episode import Episode, make_episodes
+from servegym.envs.cluster.spec import parse_cluster
 from servegym.envs.metrics import METRICS, Interval, class_slos, interval, paired_difference, summarize
 from servegym.envs.scenario import Scenario
+from servegym.envs.workloads import resolve
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,16 @@ def episodes_of(scenario: Scenario, setting: Setting, seeds: int, seed: int) -> 
     """The episodes that every policy plays in a setting: common random numbers."""
     fixed = replace(scenario, clusters=(setting.cluster,), loads=(setting.load, setting.load))
     return make_episodes(fixed, seeds, seed)
+
+
+def load_of(scenario: Scenario, cluster: str, rate_rps: float) -> float:
+    """Which load a rate in requests/s is on a fleet.
+
+    Raises:
+        InputError: for an unknown fleet or workload.
+    """
+    fleet = parse_cluster(cluster, prefix_caching=scenario.prefix_caching, **scenario.engine)
+    return rate_rps / saturation_rps(fleet, resolve(scenario.workload))
 
 
 def measure(

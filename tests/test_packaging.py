@@ -10,10 +10,10 @@ ROOMS = ("envs", "agents", "models", "runtime")
 def test_every_package_is_listed():
     """A sub-package that is missing from pyproject.toml is missing from the wheel."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {"servegym"}
-    for room in ROOMS:
-        folders = [file.parent.relative_to(ROOT) for file in (ROOT / room).rglob("*.py")]
-        found |= {".".join(("servegym", *folder.parts)) for folder in folders}
+    found = set()
+    for room in ("servegym", *ROOMS):
+        folders = {file.parent.relative_to(ROOT) for file in (ROOT / room).rglob("*.py")}
+        found |= {".".join(f.parts if room == "servegym" else ("servegym", *f.parts)) for f in folders}
     assert set(listed) == found
     assert len(listed) == len(set(listed))
 

@@ -1,0 +1,72 @@
+"""The console script: `servegym COMMAND ...`; each command is a dataclass in `servegym.commands`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import tyro
+
+from servegym import __version__
+from servegym.errors import InputError
+
+COMMANDS = {
+    "train": "train a policy with PPO, or go on where a run stopped",
+    "evaluate": "play policies and heuristics on the same requests; table, JSON and plots",
+    "export": "turn a checkpoint into a bundle that needs no torch",
+    "data": "list the workloads, or look into one",
+    "profile": "list, show or build cost profiles",
+    "scenarios": "list the scenarios",
+    "heuristics": "list the heuristics",
+}
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(f"servegym {__version__}")
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except InputError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("servegym: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        raise InputError("servegym", "command", name, f"choose one of {', '.join(COMMANDS)}")
+    command = import_module(f"servegym.commands.{name}").Command  # late: most commands need no torch
+    return tyro.cli(command, prog=f"servegym {name}", args=arguments).run()
+
+
+def _refuse(message: str) -> int:
+    print(f"servegym: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, about in COMMANDS.items()]
+    return "\n".join(("usage: servegym COMMAND [--help] ...", "", *lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all, and where a result comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import servegym
+
+WIDTH = 160
+
+
+def console() -> Console:
+    """Standard output; wide tables keep their width in files and pipes."""
+    out = Console()
+    return out if out.is_terminal else Console(width=WIDTH)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there, so that no reader sees a half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def command_line() -> str:
+    """The command that runs, as one would type it."""
+    program = Path(sys.argv[0])
+    name = f"python {program.name}" if program.suffix == ".py" else program.name
+    return shlex.join([*name.split(), *sys.argv[1:]])
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that runs, with `-dirty` for local changes; None outside of a checkout."""
+    root = Path(servegym.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def trace_hashes(workload: str) -> dict[str, str]:
+    """SHA-256 by path of a workload that is a file; nothing for generators."""
+    path = Path(workload)
+    return {workload: hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}

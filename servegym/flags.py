@@ -1,0 +1,67 @@
+"""The flags that train and evaluate share: which environment, and how it differs from its scenario."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import tyro
+
+from servegym.envs.scenario import Scenario, load_scenario
+from servegym.errors import InputError
+
+ENVIRONMENTS = ("ServeGym/Dispatch-v0",)
+
+
+@dataclass(kw_only=True)
+class Setup:
+    """Flags that pick a scenario; those left out keep what the scenario says."""
+
+    env: str = ENVIRONMENTS[0]
+    """Environment id."""
+    scenario: str = "mixed"
+    """Name (see `servegym scenarios`) or TOML file."""
+    workload: str | None = None
+    """Generator (see `servegym data`) or trace file."""
+    cluster: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Fleet, such as 4xa100-llama-3.1-8b+2xh100-llama-3.1-8b; repeat for several."""
+    requests: int | None = None
+    """Requests of an episode."""
+    reward: str | None = None
+    """latency or goodput."""
+    beta: float | None = None
+    """Discount rate, 1/s."""
+    scrape_s: float | None = None
+    """Seconds between scrapes of the engines' metrics; 0 reads them afresh at every decision."""
+    noise: float | None = None
+    """Relative standard error of scraped metrics."""
+    prediction_error: float | None = None
+    """Standard deviation of the log of predicted / true output length."""
+    prefix_caching: bool | None = None
+    """Automatic prefix caching."""
+
+    def resolve(self, **overrides: Any) -> Scenario:
+        """The scenario with the flags applied.
+
+        Args:
+            overrides: fields of the scenario that win over file and flags.
+
+        Raises:
+            InputError: an unknown environment, a bad scenario file, or a bad value.
+        """
+        if self.env not in ENVIRONMENTS:
+            raise InputError("servegym", "env", self.env, f"choose one of {', '.join(ENVIRONMENTS)}")
+        names = (
+            "workload",
+            "requests",
+            "reward",
+            "beta",
+            "scrape_s",
+            "noise",
+            "prediction_error",
+            "prefix_caching",
+        )
+        flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.cluster:
+            flags["clusters"] = tuple(self.cluster)
+        return replace(load_scenario(self.scenario), **{**flags, **overrides})

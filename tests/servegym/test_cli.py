@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from servegym.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must be refused: exit code 2 and one line on stderr, which is returned."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"servegym {command}" in capsys.readouterr().out
+
+
+def test_shims_are_the_console_script():
+    for name in ("train", "evaluate", "export"):
+        run = subprocess.run(
+            [sys.executable, f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert run.returncode == 0
+        assert f"servegym {name}" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fly"], "command = 'fly': choose one of train"),
+        (["profile", "show", "tpu-v9"], "name = 'tpu-v9'"),
+        (["profile", "show", "no/such.json"], "no/such.json"),
+        (["data", "no_such_workload"], "no_such_workload"),
+        (["data", "no/such.parquet"], "no/such.parquet"),
+    ],
+)
+def test_unknown_names_are_refused_in_one_line(arguments, told, capsys):
+    assert told in refused(capsys, *arguments)
+
+
+def test_unknown_flags_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "--no-such-flag"])
+    assert stop.value.code == 2
+
+
+def test_listings(capsys):
+    assert main(["data"]) == 0
+    assert "BurstGPT" in capsys.readouterr().out
+    assert main(["scenarios"]) == 0
+    assert "mixed" in capsys.readouterr().out
+    assert main(["heuristics"]) == 0
+    assert "round_robin" in capsys.readouterr().out
+    assert main(["profile", "list"]) == 0
+    assert "h100-llama-3.1-8b" in capsys.readouterr().out
+    assert main(["profile", "show", "h100-llama-3.1-8b"]) == 0
+    assert "held-out shapes" in capsys.readouterr().out
+
+
+def test_data_describes_a_workload(capsys):
+    assert main(["data", "azure2023_conv", "--requests", "300"]) == 0
+    out = capsys.readouterr().out
+    assert "300 requests" in out
+    assert "prompt tokens" in out
+
+
+BAD_TRACES = {
+    "header.csv": ("a,b,c\n1,2,3\n", "columns"),
+    "tokens.csv": ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,-5,10\n", "row 0"),
+    "nan.csv": ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,x,10\n", "'x'"),
+    "broken.jsonl": ('{"timestamp": 0, "input_length": \n', "broken.jsonl"),
+    "broken.parquet": ("not parquet", "broken.parquet"),
+    "trace.xlsx": ("", ".xlsx"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRACES)
+def test_malformed_traces_are_refused_with_file_and_place(name, tmp_path, capsys):
+    content, told = BAD_TRACES[name]
+    path = tmp_path / name
+    path.write_text(content)
+    line = refused(capsys, "data", str(path))
+    assert name in line
+    assert told in line
+
+
+def test_malformed_profiles_are_refused(tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    path.write_text("{")
+    assert "mine.json" in refused(capsys, "profile", "show", str(path))
+    path.write_text(json.dumps({"schema": 999}))
+    assert "schema = 999" in refused(capsys, "profile", "show", str(path))
+
+
+def test_a_refused_profile_build_writes_nothing(tmp_path, capsys):
+    target = tmp_path / "out.json"
+    refused(capsys, "profile", "build", str(tmp_path), "--system", "h100_sxm", "--output", str(target))
+    refused(capsys, "profile", "build", str(tmp_path), "--system", "abacus", "--output", str(target))
+    assert list(tmp_path.iterdir()) == []
