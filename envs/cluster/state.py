@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.envs.costs.model import CostTables
-
 PS = 1_000_000_000_000  # picoseconds of a second
 NEVER = np.int64(2**62)
-NONE = -1
+NONE = np.int64(-1)  # typed: a literal would compile kernels once more
 
 # Rows of World.run: what a decoding request needs, in arrays that a scan walks contiguously.
 REQUEST, FINISH, OFFSET, GAP, ORDER = range(5)
@@ -98,7 +96,18 @@ class World(NamedTuple):
     setting: np.ndarray  # SETTING [F, I]
     fleet_size: np.ndarray  # int64 [F]
     sensing: np.ndarray  # SENSING [1]
-    costs: CostTables
+    # cost tables, the fields of CostTables: kernels give the world itself to the cost model, since a parallel
+    # loop takes a flat tuple only
+    linear: np.ndarray
+    head: np.ndarray
+    decode_knot: np.ndarray
+    decode_base: np.ndarray
+    decode_slope: np.ndarray
+    decode_skew: np.ndarray
+    chunk_knot: np.ndarray
+    past_knot: np.ndarray
+    prefill: np.ndarray
+    overlap: np.ndarray
 
 
 OWNED = ("lane", "instance", "run", "residue", "req", "unit", "slot", "sleeper", "history")

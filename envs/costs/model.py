@@ -17,7 +17,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from servegym.envs.cluster.kernel import inlined, kernel
 
 OVERLAP_BITS = 16  # overlap is a fraction in units of 2**-16
 
@@ -52,7 +53,7 @@ class CostTables(NamedTuple):
     overlap: np.ndarray
 
 
-@njit(cache=True, inline="never")
+@inlined()
 def segment_of(knots, p, x):
     """Index j of the last knot <= x in row p; the last segment extends beyond the table."""
     low, high = 0, knots.shape[1] - 1
@@ -65,7 +66,7 @@ def segment_of(knots, p, x):
     return low
 
 
-@njit(cache=True)
+@inlined()
 def decode_ps(tables, p, n, context, top):
     """Decode attention of n requests with `context` KV tokens in all, the longest `top`; 0 for n = 0."""
     if n == 0:
@@ -80,7 +81,7 @@ def decode_ps(tables, p, n, context, top):
     )
 
 
-@njit(cache=True)
+@inlined()
 def prefill_ps(tables, p, chunk, past):
     """Attention of `chunk` new tokens over `past` earlier ones and themselves: bilinear on the grid."""
     a = min(segment_of(tables.chunk_knot, p, chunk), tables.chunk_knot.shape[1] - 2)
@@ -95,7 +96,7 @@ def prefill_ps(tables, p, chunk, past):
     return low + (high - low) * (chunk - chunk_0) // (tables.chunk_knot[p, a + 1] - chunk_0)
 
 
-@njit(cache=True)
+@inlined()
 def iteration_ps(tables, p, n, context, top, tokens, sequences, prefill_attention):
     """One iteration: n decodes and prefill chunks whose attention sums to `prefill_attention`.
 
@@ -105,15 +106,11 @@ def iteration_ps(tables, p, n, context, top, tokens, sequences, prefill_attentio
     decode_attention = decode_ps(tables, p, n, context, top)
     hidden = (min(decode_attention, prefill_attention) * tables.overlap[p]) >> OVERLAP_BITS
     return (
-        tables.linear[p, tokens]
-        + tables.head[p, sequences]
-        + decode_attention
-        + prefill_attention
-        - hidden
+        tables.linear[p, tokens] + tables.head[p, sequences] + decode_attention + prefill_attention - hidden
     )
 
 
-@njit(cache=True)
+@kernel()
 def stretch_ps(tables, p, n, context, top, k):
     """Time of k decode-only iterations; equals the sum of `iteration_ps` over them to the bit."""
     step = tables.linear[p, n] + tables.head[p, n] + tables.decode_skew[p, n] * (top - context // n)
@@ -134,17 +131,18 @@ def stretch_ps(tables, p, n, context, top, k):
     return total
 
 
-@njit(cache=True)
+@kernel()
 def steps_to_reach(tables, p, n, context, top, k, elapsed):
     """Least j in 1..k with `stretch_ps(j) >= elapsed`; k where even k steps fall short."""
     first = stretch_ps(tables, p, n, context, top, 1)
-    # Steps only grow longer, so elapsed / first bounds the answer from above.
+    last = stretch_ps(tables, p, n, context + (k - 1) * n, top + k - 1, 1)
+    # Steps only grow longer, so the first bounds the answer from above and the last from below.
     high = min(k, (elapsed + first - 1) // first)
-    low = 1
+    low = min(max((elapsed + last - 1) // last, 1), k)
     while low < high:
         middle = (low + high) >> 1
         if stretch_ps(tables, p, n, context, top, middle) >= elapsed:
             high = middle
         else:
             low = middle + 1
-    return max(low, 1)
+    return low

@@ -1,0 +1,258 @@
+"""From episodes to the arrays of the cluster model; every impossible combination is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from servegym.envs.cluster.episode import Episode
+from servegym.envs.cluster.schema import HISTORY
+from servegym.envs.cluster.spec import QUEUE_POLICIES, ClusterSpec, InstanceSpec
+from servegym.envs.cluster.state import (
+    EPISODE,
+    INSTANCE,
+    LANE,
+    NEVER,
+    NONE,
+    PS,
+    REQ,
+    ROW,
+    RUN_ROWS,
+    SENSING,
+    SETTING,
+    SLEEPER,
+    UNIT,
+    World,
+)
+from servegym.envs.costs import Profile, cost_tables, load_profile
+from servegym.envs.costs.model import CostTables, iteration_ps, prefill_ps
+from servegym.envs.scenario import Slo
+from servegym.envs.workloads.workload import Workload
+from servegym.errors import InputError
+
+DEFAULT_SLO = Slo()
+
+
+@dataclass(frozen=True)
+class Sensing:
+    """How the router reads the engines.
+
+    Attributes:
+        scrape_s: period of the metrics scrape, seconds; 0 reads them afresh at every decision.
+        noise: relative standard error of scraped metrics.
+    """
+
+    scrape_s: float = 0.0
+    noise: float = 0.0
+
+
+def build_world(
+    episodes: Sequence[Episode],
+    lanes: int,
+    *,
+    slo: Slo = DEFAULT_SLO,
+    class_slo: Mapping[str, Slo] | None = None,
+    sensing: Sensing | None = None,
+    seed: int = 0,
+) -> World:
+    """Allocate a world whose lanes can play any of the episodes.
+
+    Args:
+        slo, class_slo: service level of classes, and of those that differ, by name.
+
+    Raises:
+        InputError: for settings that contradict each other, and for a request that fits no instance.
+    """
+    workloads = list({id(e.workload): e.workload for e in episodes}.values())
+    clusters = list({id(e.cluster): e.cluster for e in episodes}.values())
+    names = sorted({i.profile for c in clusters for i in c.instances})
+    profiles = {name: load_profile(name) for name in names}
+    settings = _settings(clusters, profiles, names)
+    longest = max(len(w) for w in workloads)
+    tables = cost_tables(
+        [profiles[n] for n in names], int(settings["budget"].max()), int(settings["max_seqs"].max())
+    )
+    _measure_prefill(settings, tables)
+    sizes = np.array([len(c) for c in clusters], np.int64)
+    predicted = {id(e.workload): e.predicted_output for e in episodes}
+    rows, prefixes, starts = _rows(workloads, predicted, slo, class_slo or {})
+    bank = _episodes(episodes, workloads, clusters, starts)
+    for episode, entry in zip(episodes, bank, strict=True):
+        _check_fit(episode, settings[entry["fleet"]][: len(episode.cluster)])
+    running = min(int(settings["max_seqs"].max()), longest)
+    units, slots = _cache_sizes(bank, settings, workloads)
+    instances = int(sizes.max())
+    shape = (lanes, instances)
+    world = World(
+        lane=np.zeros(lanes, LANE),
+        instance=np.zeros(shape, INSTANCE),
+        run=np.zeros((*shape, RUN_ROWS, running), np.int64),
+        residue=np.zeros((*shape, int(settings["block_tokens"].max())), np.int32),
+        req=np.zeros((lanes, longest), REQ),
+        unit=np.zeros((*shape, units), UNIT),
+        slot=np.zeros((*shape, slots), np.int32),
+        sleeper=np.zeros((lanes, max(_sessions(w) for w in workloads)), SLEEPER),
+        history=np.zeros((lanes, HISTORY)),
+        row=rows,
+        prefix=prefixes,
+        episode=bank,
+        setting=settings,
+        fleet_size=sizes,
+        sensing=_sensing(sensing or Sensing()),
+        **tables._asdict(),
+    )
+    seed_lanes(world, seed)
+    return world
+
+
+def seed_lanes(world: World, seed: int) -> None:
+    """Give every lane its own seed; a lane's randomness depends on (seed, lane) alone."""
+    streams = np.random.SeedSequence(seed).generate_state(len(world.lane), np.uint64)
+    world.lane["seed"] = (streams >> np.uint64(2)).astype(np.int64)
+    world.lane["plays"] = 0
+
+
+def _sensing(sensing: Sensing) -> np.ndarray:
+    record = np.zeros(1, SENSING)
+    record["period"], record["noise"] = round(sensing.scrape_s * PS), sensing.noise
+    return record
+
+
+def _settings(
+    clusters: Sequence[ClusterSpec], profiles: Mapping[str, Profile], names: list[str]
+) -> np.ndarray:
+    settings = np.zeros((len(clusters), max(len(c) for c in clusters)), SETTING)
+    for f, cluster in enumerate(clusters):
+        for i, spec in enumerate(cluster.instances):
+            settings[f, i] = _setting(cluster, spec, profiles[spec.profile], names.index(spec.profile))
+    return settings
+
+
+def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: int) -> tuple:
+    def require(ok: bool, field: str, value: object, hint: str) -> None:
+        if not ok:
+            raise InputError(f"cluster {cluster.name}, {spec.profile}", field, value, hint)
+
+    require(spec.block_tokens >= 1, "block_tokens", spec.block_tokens, "a block has at least one token")
+    blocks = profile.kv_tokens // spec.block_tokens if spec.kv_blocks is None else spec.kv_blocks
+    budget = profile.token_budget if spec.token_budget is None else spec.token_budget
+    max_seqs = min(profile.max_seqs, budget) if spec.max_seqs is None else spec.max_seqs
+    require(blocks >= 1, "kv_blocks", blocks, "an instance has at least one block")
+    require(1 <= max_seqs <= budget, "max_seqs", max_seqs, f"must lie in 1..token_budget ({budget})")
+    require(0 <= spec.watermark < 1, "watermark", spec.watermark, "must lie in [0, 1)")
+    require(spec.queue in QUEUE_POLICIES, "queue", spec.queue, f"choose one of {', '.join(QUEUE_POLICIES)}")
+    return (
+        index, blocks, spec.block_tokens, budget, max_seqs, int(spec.watermark * blocks),
+        spec.queue == "priority", spec.reserve_prompt, cluster.prefix_caching, 0.0,
+    )  # fmt: skip
+
+
+def _measure_prefill(settings: np.ndarray, tables: CostTables) -> None:
+    """Fill in each instance's prefill speed: tokens/s of one full chunk without past."""
+    for setting in settings.reshape(-1):
+        if setting["budget"] == 0:
+            continue  # padding of a smaller fleet
+        p, budget = int(setting["profile"]), int(setting["budget"])
+        ps = iteration_ps(tables, p, 0, 0, 0, budget, 1, prefill_ps(tables, p, budget, 0))
+        setting["prefill_tokens_per_s"] = budget / (ps / PS)
+
+
+def _rows(
+    workloads: Sequence[Workload],
+    predicted: Mapping[int, np.ndarray],
+    slo: Slo,
+    class_slo: Mapping[str, Slo],
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """All workloads in one ROW array, their prefix ids, and the first row of each."""
+    rows = np.zeros(sum(len(w) for w in workloads), ROW)
+    starts, start, prefix_start = [], 0, 0
+    for w in workloads:
+        part = rows[start : start + len(w)]
+        closed = w.after >= 0
+        part["arrived"] = np.where(closed, NEVER, np.rint(w.arrived_at_s * PS).astype(np.int64))
+        part["gap"] = np.rint(w.gap_s * PS).astype(np.int64)
+        part["next_turn"] = NONE
+        part["next_turn"][w.after[closed]] = np.flatnonzero(closed)
+        part["previous_turn"] = _previous_turns(w)
+        part["prompt"], part["output"] = w.prompt_tokens, w.output_tokens
+        part["predicted"] = predicted[id(w)]
+        part["prefix"] = w.prefix_offsets[:-1] + prefix_start
+        part["prefixes"] = np.diff(w.prefix_offsets)
+        part["priority"], part["turn"], part["klass"] = w.priority, np.maximum(w.turn, 0), w.class_id
+        levels = [class_slo.get(name, slo) for name in w.class_names]
+        for field, attribute in (("slo_ttft", "ttft_s"), ("slo_tpot", "tpot_s"), ("weight", "weight")):
+            part[field] = np.array([getattr(level, attribute) for level in levels])[w.class_id]
+        starts.append(start)
+        start += len(w)
+        prefix_start += len(w.prefix_ids)
+    return rows, np.concatenate([w.prefix_ids for w in workloads]).astype(np.int32), starts
+
+
+def _previous_turns(w: Workload) -> np.ndarray:
+    """Row of the request before each one in its session, or NONE."""
+    previous = w.after.astype(np.int64)
+    order = np.argsort(w.session, kind="stable")
+    same = (w.session[order[1:]] == w.session[order[:-1]]) & (w.session[order[1:]] >= 0)
+    later, earlier = order[1:][same], order[:-1][same]
+    open_loop = previous[later] == NONE
+    previous[later[open_loop]] = earlier[open_loop]
+    return previous
+
+
+def _sessions(w: Workload) -> int:
+    """Closed-loop sessions, the most turns that can wait for their time at once; at least 1."""
+    followed = np.zeros(len(w), bool)
+    followed[w.after[w.after >= 0]] = True
+    return max(1, int((followed & (w.after < 0)).sum()))
+
+
+def _episodes(
+    episodes: Sequence[Episode],
+    workloads: Sequence[Workload],
+    clusters: Sequence[ClusterSpec],
+    starts: Sequence[int],
+) -> np.ndarray:
+    workload_index = {id(w): k for k, w in enumerate(workloads)}
+    cluster_index = {id(c): k for k, c in enumerate(clusters)}
+    bank = np.zeros(len(episodes), EPISODE)
+    for entry, episode in zip(bank, episodes, strict=True):
+        w = episode.workload
+        entry["first_row"], entry["rows"] = starts[workload_index[id(w)]], len(w)
+        entry["fleet"] = cluster_index[id(episode.cluster)]
+        entry["prefix_tokens"] = w.prefix_block_tokens
+    return bank
+
+
+def _check_fit(episode: Episode, settings: np.ndarray) -> None:
+    w, cluster = episode.workload, episode.cluster
+    tokens = w.prompt_tokens.astype(np.int64) + w.output_tokens
+    room = ((settings["blocks"] - settings["watermark"]) * settings["block_tokens"]).max()
+    row = int(tokens.argmax())
+    if tokens[row] > room:
+        raise InputError(
+            w.name, f"prompt_tokens + output_tokens, row {row}", int(tokens[row]),
+            f"no instance of {cluster.name} holds more than {room} tokens; drop the row or give kv_blocks",
+        )  # fmt: skip
+    if not cluster.prefix_caching or w.prefix_block_tokens == 0:
+        return
+    for size in np.unique(settings["block_tokens"]):
+        if w.prefix_block_tokens % size:
+            raise InputError(
+                w.name, "prefix_block_tokens", w.prefix_block_tokens,
+                f"must be a multiple of the KV block of {size} tokens; set prefix_caching = false or block_tokens",
+            )  # fmt: skip
+
+
+def _cache_sizes(bank: np.ndarray, settings: np.ndarray, workloads: Sequence[Workload]) -> tuple[int, int]:
+    """Most prefix blocks that an instance can cache, and a hash table of at least twice that."""
+    distinct = max(len(np.unique(w.prefix_ids)) for w in workloads)
+    units = 0
+    for entry in bank:
+        for setting in settings[entry["fleet"]]:
+            if setting["caching"] and entry["prefix_tokens"]:
+                blocks = int(entry["prefix_tokens"]) // int(setting["block_tokens"])
+                units = max(units, min(distinct, int(setting["blocks"]) // max(blocks, 1)))
+    units = max(units, 1)
+    return units, 1 << (2 * units - 1).bit_length()
