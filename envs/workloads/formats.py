@@ -158,7 +158,18 @@ def _recorded(arrived: np.ndarray, prompt: np.ndarray, output: np.ndarray, **kno
     unknown: dict[str, Any] = {column: np.full(n, NO_ID) for column in ("session", "turn", "tenant")}
     unknown |= {"gap_s": np.full(n, np.nan), "class_id": np.zeros(n, np.int64)}
     unknown |= {"prefix_offsets": np.zeros(n + 1, np.int64), "prefix_ids": np.zeros(0, np.int32)}
+    if "session" in known and "turn" not in known:
+        known["turn"] = _turns_in_order(known["session"])
     return Recorded(arrived, prompt, output, **unknown | known)
+
+
+def _turns_in_order(session: np.ndarray) -> np.ndarray:
+    """0-based number of each row among those of its session, -1 where the session is unknown."""
+    order = np.argsort(session, kind="stable")
+    _, first, counts = np.unique(session[order], return_index=True, return_counts=True)
+    turn = np.empty(len(session), np.int64)
+    turn[order] = np.arange(len(session)) - np.repeat(first, counts)
+    return np.where(session == NO_ID, NO_ID, turn)
 
 
 def _need(path: Path, table: pa.Table, columns: tuple[str, ...]) -> None:
