@@ -20,12 +20,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from servegym.envs.cluster import prefix, schema
+from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance, fits
 from servegym.envs.cluster.scrape import look, steps_done
-from servegym.envs.cluster.state import FINISH, NEVER, NONE, PS, World
+from servegym.envs.cluster.state import FINISH, NONE, PS
 from servegym.envs.costs.model import decode_ps, prefill_ps
 
 (
@@ -73,22 +73,34 @@ def make_frame(lanes: int, instances: int, *, oracle: bool = False) -> Frame:
     )
 
 
-@njit(cache=True)
-def copy_row(frame, target, l):
+@inlined()
+def _copy(source, target):
+    for k in range(len(source)):
+        target[k] = source[k]
+
+
+@inlined()
+def _copy_rows(source, target):
+    for k in range(len(source)):
+        _copy(source[k], target[k])
+
+
+@kernel()
+def copy_frame(source, target, l):
     """Copy lane l's observation into another frame."""
-    target.instances[l] = frame.instances[l]
-    target.requests[l] = frame.requests[l]
-    target.candidates[l] = frame.candidates[l]
-    target.edges[l] = frame.edges[l]
-    target.globals[l] = frame.globals[l]
-    target.history[l] = frame.history[l]
-    target.instance_mask[l] = frame.instance_mask[l]
-    target.mask[l] = frame.mask[l]
-    target.kind[l] = frame.kind[l]
-    target.oracle[l] = frame.oracle[l]
+    _copy_rows(source.instances[l], target.instances[l])
+    _copy_rows(source.requests[l], target.requests[l])
+    _copy_rows(source.candidates[l], target.candidates[l])
+    _copy_rows(source.edges[l], target.edges[l])
+    _copy(source.globals[l], target.globals[l])
+    _copy(source.history[l], target.history[l])
+    _copy(source.instance_mask[l], target.instance_mask[l])
+    _copy(source.mask[l], target.mask[l])
+    target.kind[l] = source.kind[l]
+    _copy(source.oracle[l], target.oracle[l])
 
 
-@njit(cache=True)
+@kernel()
 def start_frame(world, frame, l):
     """Write what stays the same for the whole episode; call it after the lane's restart."""
     frame.instances[l] = 0.0
@@ -106,7 +118,7 @@ def start_frame(world, frame, l):
         frame.instance_mask[l, i] = 1
 
 
-@njit(cache=True)
+@inlined()
 def _clear_decision(frame, l):
     """No request to decide about: candidate 0 is the only answer, and stands for nothing."""
     frame.requests[l] = 0.0
@@ -116,7 +128,7 @@ def _clear_decision(frame, l):
     frame.candidates[l, 0, 1] = 0
 
 
-@njit(cache=True)
+@kernel()
 def observe_end(world, frame, l):
     """The observation after the last request: the same instances, idle, and nothing to decide."""
     lane = world.lane[l]
@@ -130,7 +142,7 @@ def observe_end(world, frame, l):
         frame.oracle[l] = 0.0
 
 
-@njit(cache=True, error_model="numpy")
+@kernel()
 def observe_dispatch(world, frame, l):
     """The observation of the pending request's dispatch; call it once per decision, when it has arrived."""
     lane = world.lane[l]
@@ -169,11 +181,11 @@ def observe_dispatch(world, frame, l):
             frame.oracle[l, i] = _oracle(world, l, i)
     frame.globals[l, ALL_INFLIGHT] = inflight
     frame.candidates[l, 0, 1] = lane.default
-    frame.edges[l, 0] = frame.edges[l, lane.default + 1]
+    _copy(frame.edges[l, lane.default + 1], frame.edges[l, 0])
     frame.edges[l, 0, IS_DEFAULT] = 1.0
 
 
-@njit(cache=True, error_model="numpy")
+@inlined()
 def _node(world, frame, l, i):
     """Write an instance's changing features.
 
@@ -202,7 +214,7 @@ def _node(world, frame, l, i):
     return n, context, to_come
 
 
-@njit(cache=True)
+@inlined()
 def _request(world, frame, l, r):
     """Write the pending request's features, in the order of schema.REQUEST."""
     lane = world.lane[l]
@@ -218,7 +230,7 @@ def _request(world, frame, l, r):
     node[7] = row.turn
 
 
-@njit(cache=True)
+@inlined()
 def _arrivals(world, frame, l, r):
     """Bring the router's arrival statistics up to now, count request r unless NONE, and write them."""
     lane = world.lane[l]
@@ -242,7 +254,7 @@ def _arrivals(world, frame, l, r):
     frame.globals[l, SINCE_LAST] = since
 
 
-@njit(cache=True, error_model="numpy")
+@inlined()
 def _step_s(costs, p, n, context):
     """Seconds of a decode-only iteration of n requests, `context` tokens of KV in all, equally long."""
     if n == 0:
@@ -250,7 +262,7 @@ def _step_s(costs, p, n, context):
     return (costs.linear[p, n] + costs.head[p, n] + decode_ps(costs, p, n, context, context // n)) * _SECOND
 
 
-@njit(cache=True, error_model="numpy")
+@kernel()
 def _prefill_s(costs, p, uncached, past, budget):
     """Seconds of the iterations that compute `uncached` prompt tokens behind `past` cached ones, alone.
 
@@ -265,12 +277,12 @@ def _prefill_s(costs, p, uncached, past, budget):
     return ps * _SECOND
 
 
-@njit(cache=True, error_model="numpy")
+@kernel()
 def _oracle(world, l, i):
     """Seconds of work truly left on an instance: what no deployment knows.
 
-    prompt tokens to compute / prefill_tokens_per_s + output tokens to come x decode_step_s(n, context) / n for
-    the n requests that are there now, so that work is measured at the present degree of batching.
+    prompt tokens to compute / prefill_tokens_per_s + output tokens to come x decode_step_s(n, context) / n
+    for the n requests that are there now, so that work is measured at the present degree of batching.
     """
     lane = world.lane[l]
     inst = world.instance[l, i]

@@ -1,9 +1,9 @@
 """Rewards of a transition, from one decision (time t) to the next or to the end of the episode (time t').
 
-latency: minus the weighted request-seconds spent in the system, whose sum over an episode is minus the sum of
-weight x end-to-end time of all requests (Little's law: the mean latency, without waiting for requests to end):
+latency: minus the weighted request-seconds spent in the system. Over an episode this sums to minus the sum of
+weight x end-to-end time of all requests (Little's law), but it comes without waiting for requests to end:
 
-    r = - integral from t to t' of (sum of class weights of the requests that have arrived and not finished) ds
+    r = -integral from t to t' of (sum of class weights of the requests that have arrived, not finished) ds
 
 goodput: the weighted number of requests that finished within the service level of their class (goodput as in
 DistServe, both limits together):
@@ -16,14 +16,13 @@ environment reports t' - t in `info["elapsed_s"]`. Rewards within a transition a
 
 from __future__ import annotations
 
-from numba import njit
-
+from servegym.envs.cluster.kernel import kernel
 from servegym.envs.scenario import REWARDS
 
 LATENCY, GOODPUT = range(len(REWARDS))
 
 
-@njit(cache=True)
+@kernel()
 def collect(lane, kind):
     """Reward that a lane has accrued since the last call; `kind` is the index of its name in REWARDS."""
     reward = -lane.cost if kind == LATENCY else lane.gain
