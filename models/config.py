@@ -39,7 +39,8 @@ def read_config(kind: type[Config], where: object, section: str, raw: Any) -> Co
     Args:
         kind: a dataclass that validates its fields on construction.
         where: the file, for messages.
-        section: the key under which the table `raw` stands in it.
+        section: the key of the table in it.
+        raw: the table.
 
     Raises:
         InputError: for a missing, unknown or ill-typed field.
@@ -48,9 +49,8 @@ def read_config(kind: type[Config], where: object, section: str, raw: Any) -> Co
         raise InputError(where, section, raw, "expected a table")
     names = {f.name for f in fields(kind)}
     for name in sorted(names ^ set(raw)):
-        raise InputError(
-            where, f"{section}.{name}", raw.get(name), "missing" if name in names else "unknown field"
-        )
+        hint = "missing" if name in names else "unknown field"
+        raise InputError(where, f"{section}.{name}", raw.get(name), hint)
     try:
         return kind(**raw)
     except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,7 +24,7 @@ class PPOConfig:
     anneal: bool = True
     """Let the step size fall linearly to 0 at the last decision."""
     beta: float = 0.02
-    """Discount rate, 1/s: a reward t seconds ahead counts exp(-beta t); the scenario's own, where there is one."""
+    """Discount rate, 1/s: a reward t seconds ahead counts exp(-beta t). Scenarios say theirs."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation, per decision."""
     clip_range: float = 0.2
@@ -41,16 +42,17 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, name = getattr(self, field.name), field.name
-            kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
-            if not isinstance(value, kinds[field.type]) or (isinstance(value, bool) and field.type != "bool"):
-                raise InputError("ppo", name, value, f"give a value of type {field.type}")
-            low, high = _RANGES.get(name, (0.0, float("inf")))
+            value: Any = getattr(self, field.name)
+            kinds = {"int": int, "float": (int, float), "bool": bool}[str(field.type)]
+            typed = isinstance(value, kinds) and isinstance(value, bool) == (field.type == "bool")  # type: ignore
+            if not typed:
+                raise InputError("ppo", field.name, value, f"give a value of type {field.type}")
+            low, high = _RANGES.get(field.name, (0.0, math.inf))
             if not low <= value <= high:
-                raise InputError("ppo", name, value, f"give a value from {low} to {high}")
+                raise InputError("ppo", field.name, value, f"give a value from {low} to {high}")
 
 
-_RANGES = {
+_RANGES: dict[str, tuple[float, float]] = {
     "n_steps": (1, 1_000_000),
     "batch_size": (1, 100_000_000),
     "n_epochs": (1, 1000),

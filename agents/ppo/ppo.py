@@ -23,8 +23,11 @@ from stable_baselines3.common.utils import LinearSchedule, explained_variance, s
 from torch import Tensor
 
 from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae
+from servegym.agents.ppo.checkpoint import CheckpointInfo, read_network, save_checkpoint
 from servegym.agents.ppo.config import PPOConfig
 from servegym.agents.ppo.interrupt import DeferredInterrupt
+from servegym.agents.ppo.policy import NetworkPolicy
+from servegym.agents.ppo.resume import load_state, optimizer_state, trainer_state
 from servegym.agents.ppo.tracking import WandbWriter
 from servegym.errors import InputError
 from servegym.models.config import NetworkConfig
@@ -67,12 +70,11 @@ class PPO(OnPolicyAlgorithm):
         if mode != AutoresetMode.SAME_STEP:
             raise InputError("environment", "autoreset_mode", mode, "PPO needs AutoresetMode.SAME_STEP")
         self.config = config = config or PPOConfig()
+        last_rate = 0.0 if config.anneal else config.learning_rate
         super().__init__(
             policy=ActorCriticPolicy,
             env=None,  # type: ignore[arg-type]  # stable-baselines3 would wrap it into its own VecEnv
-            learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0)
-            if config.anneal
-            else config.learning_rate,
+            learning_rate=LinearSchedule(config.learning_rate, last_rate, 1.0),
             n_steps=config.n_steps,
             gamma=1.0,  # replaced by exp(-beta * elapsed seconds)
             gae_lambda=config.gae_lambda,
@@ -85,7 +87,7 @@ class PPO(OnPolicyAlgorithm):
             seed=seed,
             _init_setup_model=False,
         )
-        self.env = env  # type: ignore[assignment]
+        self.env = self.vector_env = env  # type: ignore[assignment]
         self.n_envs = env.num_envs
         self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
         self.scenario, self.command = scenario, command
@@ -94,17 +96,80 @@ class PPO(OnPolicyAlgorithm):
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5)
         self.normalizer = ReturnNormalizer()
         self.generator = torch.Generator().manual_seed(seed)
-        self.rollout_buffer = RolloutBuffer(config.n_steps, self.n_envs, self.observation_space)  # type: ignore
+        self.buffer = RolloutBuffer(config.n_steps, self.n_envs, env.single_observation_space)
+        self.rollout_buffer = self.buffer  # type: ignore[assignment]
+        self.observation: dict[str, np.ndarray] = {}
         self.episode_return, self.episode_length = np.zeros(self.n_envs), np.zeros(self.n_envs, np.int64)
         self._seconds = {"env": 0.0, "policy": 0.0, "update": 0.0}
+        self._set_writers(log_dir, track)
+
+    def _set_writers(self, log_dir: str | Path | None, track: str | None) -> None:
         writers: list[KVWriter] = []
         if log_dir is not None:
             writers.append(TensorBoardOutputFormat(str(log_dir)))
         if track is not None:
-            writers.append(
-                WandbWriter(track, log_dir, {"ppo": vars(config), "scenario": scenario, "seed": seed})
-            )
+            about = {"ppo": vars(self.config), "network": vars(self.network.config), "seed": self.seed}
+            writers.append(WandbWriter(track, log_dir, about | {"scenario": self.scenario}))
         self.set_logger(Logger(None if log_dir is None else str(log_dir), writers))
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | Path,
+        env: VectorEnv,
+        log_dir: str | Path | None = None,
+        track: str | None = None,
+        device: str = "cpu",
+    ) -> PPO:
+        """Continue from a checkpoint; the run then equals one that never stopped, bit for bit.
+
+        Args:
+            folder: a checkpoint with trainer and environment state.
+            env: made as the one that was trained on; its lanes are restored.
+            log_dir, track, device: as for a new run.
+
+        Raises:
+            InputError: for a checkpoint that is damaged, not resumable, or of another environment.
+        """
+        network, info = read_network(folder)
+        model = cls(
+            env, info.network, info.ppo, info.seed, log_dir, track, info.scenario, info.command, device
+        )
+        model.network.load_state_dict(network.state_dict())
+        model.num_timesteps, model._total_timesteps = info.steps, info.total_steps
+        load_state(model, Path(folder))
+        return model
+
+    def save(  # type: ignore[override]
+        self, folder: str | Path, extra: Mapping[str, str] | None = None, resumable: bool = True
+    ) -> None:
+        """Write a checkpoint; see `servegym.agents.ppo.checkpoint`.
+
+        Args:
+            folder: replaced as a whole.
+            extra: further text files by name, for example the model card.
+            resumable: keep the state of trainer and environment too.
+        """
+        info = CheckpointInfo(
+            network=self.network.config,
+            ppo=self.config,
+            scenario=None if self.scenario is None else dict(self.scenario),
+            command=self.command,
+            seed=self.seed or 0,
+            steps=self.num_timesteps,
+            total_steps=self._total_timesteps,
+        )
+        states: tuple[Any, ...] = (None, None, None)
+        if resumable and self.observation:
+            lanes = self.vector_env.save_state()  # type: ignore[attr-defined]
+            states = optimizer_state(self), trainer_state(self), lanes
+        save_checkpoint(folder, info, self.network, *states, extra=extra)
+
+    def predict(  # type: ignore[override]
+        self, observation: Mapping[str, np.ndarray], *_: Any, **__: Any
+    ) -> tuple[np.ndarray, None]:
+        """The network's favourite answers to a batch of observations, int64 [B], and no state."""
+        return NetworkPolicy(self.network).act(observation), None
 
     def learn(  # type: ignore[override]
         self,
@@ -127,22 +192,15 @@ class PPO(OnPolicyAlgorithm):
         Raises:
             KeyboardInterrupt: after Ctrl-C.
         """
-        if self._last_obs is None:
-            self._last_obs, _ = self.env.reset(seed=self.seed)  # type: ignore[union-attr, call-arg, misc]
-        threads = torch.get_num_threads()
+        if not self.observation:
+            self.observation, _ = self.vector_env.reset(seed=self.seed)
+        self._last_obs = self.observation  # so that stable-baselines3 does not reset again
+        remaining = total_timesteps - self.num_timesteps
+        threads, workers = torch.get_num_threads(), ThreadPoolExecutor(self.config.num_threads)
         torch.set_num_threads(1)
         try:
-            with (
-                DeferredInterrupt() as self._interrupt,
-                ThreadPoolExecutor(self.config.num_threads) as self._workers,
-            ):
-                super().learn(
-                    total_timesteps - self.num_timesteps,
-                    callback,
-                    log_interval,
-                    reset_num_timesteps=False,
-                    progress_bar=progress_bar,
-                )
+            with DeferredInterrupt() as self._interrupt, workers as self._workers:
+                super().learn(remaining, callback, log_interval, "PPO", False, progress_bar)
         finally:
             torch.set_num_threads(threads)
         return self
@@ -160,7 +218,7 @@ class PPO(OnPolicyAlgorithm):
         for step in range(n_rollout_steps):
             actions = self._decide(step)
             entered = time.perf_counter()
-            self._last_obs, rewards, terminated, truncated, info = env.step(actions)
+            self.observation, rewards, terminated, truncated, info = env.step(actions)
             in_env += time.perf_counter() - entered
             self._store(step, rewards, terminated, truncated, info)
             self.num_timesteps += env.num_envs
@@ -178,21 +236,20 @@ class PPO(OnPolicyAlgorithm):
         """Improve the network on the last roll-out."""
         started = time.perf_counter()
         self._update_learning_rate(self.optimizer)
-        statistics = torch.zeros(len(STATISTICS))
-        for epoch in range(self.config.n_epochs):
-            minibatches = self.rollout_buffer.minibatches(self.config.batch_size, self.generator)
-            statistics = torch.stack([self._step(numbers) for numbers in minibatches]).mean(0)
-            kl = float(statistics[STATISTICS.index("approx_kl")])
-            if 0.0 < self.config.target_kl < kl:
-                break
-        self._n_updates += epoch + 1
+        epochs, kl = 0, 0.0
+        while epochs < self.config.n_epochs and not 0.0 < self.config.target_kl < kl:
+            minibatches = self.buffer.minibatches(self.config.batch_size, self.generator)
+            statistics = torch.stack([self._step(numbers) for numbers in minibatches]).mean(0).tolist()
+            kl = statistics[STATISTICS.index("approx_kl")]
+            epochs += 1
+        self._n_updates += epochs
         self._seconds["update"] += time.perf_counter() - started
-        for name, value in zip(STATISTICS, statistics.tolist(), strict=True):
+        for name, value in zip(STATISTICS, statistics, strict=True):
             self.logger.record(f"losses/{name}", value)
-        self.logger.record("losses/epochs", epoch + 1)
+        self.logger.record("losses/epochs", epochs)
 
     def dump_logs(self, iteration: int = 0) -> None:
-        """Write the log under CleanRL's stable names, and where the time went."""
+        """Write the log under CleanRL's stable names, with the share of each phase in the time."""
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         self.logger.record("charts/SPS", (self.num_timesteps - self._num_timesteps_at_start) / elapsed)
         if self.ep_info_buffer:
@@ -207,10 +264,10 @@ class PPO(OnPolicyAlgorithm):
 
     def _decide(self, step: int) -> np.ndarray:
         """Draw an answer for each lane: the Gumbel-max trick over finite log-probabilities."""
-        buffer = self.rollout_buffer
-        log_probs, values = self._evaluate(buffer.put(step, self._last_obs))
-        noise = torch.empty(log_probs.shape).exponential_(generator=self.generator).clamp_(min=1e-30).log_()
-        actions = (log_probs - noise).argmax(1)
+        buffer = self.buffer
+        log_probs, values = self._evaluate(buffer.put(step, self.observation))
+        uniform = torch.empty(log_probs.shape).exponential_(generator=self.generator)
+        actions = (log_probs - uniform.clamp_(min=1e-30).log_()).argmax(1)
         buffer.actions[step] = actions
         buffer.log_probs[step] = log_probs.gather(1, actions[:, None])[:, 0]
         buffer.values[step] = values
@@ -231,44 +288,36 @@ class PPO(OnPolicyAlgorithm):
         truncated: np.ndarray,
         info: Mapping[str, Any],
     ) -> None:
-        buffer = self.rollout_buffer
+        buffer = self.buffer
         buffer.rewards[step] = rewards
         buffer.discounts[step] = np.exp(-self.config.beta * info["elapsed_s"])
         buffer.ends[step] = ends = terminated | truncated
-        cut = np.flatnonzero(truncated & ~terminated)
         buffer.next_values[step] = 0.0
+        cut = np.flatnonzero(truncated & ~terminated)
         if len(cut):
             final = {name: torch.from_numpy(info["final_obs"][name][cut]) for name in buffer.obs}
             buffer.next_values[step, cut] = self._evaluate(final)[1]
         self.episode_return += rewards
         self.episode_length += 1
         for lane in np.flatnonzero(ends):
-            self.ep_info_buffer.append({"r": self.episode_return[lane], "l": self.episode_length[lane]})  # type: ignore
+            episode = {"r": self.episode_return[lane], "l": self.episode_length[lane]}
+            self.ep_info_buffer.append(episode)  # type: ignore[union-attr]
         self.episode_return[ends] = 0.0
         self.episode_length[ends] = 0
 
     def _estimate(self) -> None:
         """Advantages, and targets for the value head in units of the returns seen so far."""
-        buffer = self.rollout_buffer
+        buffer = self.buffer
         if not (np.isfinite(buffer.rewards).all() and np.isfinite(buffer.values).all()):
-            raise InputError(
-                "environment", "reward or observation", "not finite", "the environment is at fault"
-            )
-        last = self._evaluate({name: torch.from_numpy(self._last_obs[name]) for name in buffer.obs})[1]
+            raise InputError("environment", "rewards, values", "not finite", "a bad reward or observation")
+        last = self._evaluate({name: torch.from_numpy(self.observation[name]) for name in buffer.obs})[1]
         following = np.concatenate([buffer.values[1:], last[None]])
         np.copyto(buffer.next_values, following, where=~buffer.ends)
-        advantages = gae(
-            buffer.rewards,
-            buffer.values,
-            buffer.next_values,
-            buffer.discounts,
-            buffer.ends,
-            self.config.gae_lambda,
-        )
+        steps = (buffer.rewards, buffer.values, buffer.next_values, buffer.discounts, buffer.ends)
+        advantages = gae(*steps, self.config.gae_lambda)
         returns = buffer.values + advantages
-        self.logger.record(
-            "losses/explained_variance", explained_variance(buffer.values.ravel(), returns.ravel())
-        )
+        explained = explained_variance(buffer.values.ravel(), returns.ravel())
+        self.logger.record("losses/explained_variance", explained)
         self._rescale_values(returns)
         buffer.targets[:] = (returns - self.normalizer.mean) / self.normalizer.std
         buffer.advantages[:] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -297,7 +346,7 @@ class PPO(OnPolicyAlgorithm):
 
     def _gradient(self, numbers: Tensor, weight: float) -> tuple[tuple[Tensor, ...], Tensor]:
         """Gradient and `STATISTICS` of the clipped objective on some decisions, times `weight`."""
-        obs, old = self.rollout_buffer.rows(numbers)
+        obs, old = self.buffer.rows(numbers)
         obs, old = ({name: rows.to(self.device) for name, rows in group.items()} for group in (obs, old))
         logits, values = self.network(obs)
         log_probs = torch.log_softmax(logits, -1)

@@ -28,13 +28,9 @@ class WandbWriter(KVWriter):
         mode = os.environ.get("WANDB_MODE", "online" if online else "offline")
         self._run = wandb.init(project=project, dir=log_dir, config=config, mode=mode)  # type: ignore[arg-type]
 
-    def write(
-        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
-    ) -> None:
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
         """Send one row of numbers."""
-        self._run.log(
-            {key: value for key, value in key_values.items() if isinstance(value, np.ScalarType)}, step=step
-        )
+        self._run.log({k: v for k, v in key_values.items() if isinstance(v, np.ScalarType)}, step=step)
 
     def close(self) -> None:
         """End the run."""

@@ -1,0 +1,79 @@
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae
+
+
+def test_gae_by_hand():
+    """Three decisions, 1 s, 2 s and 1 s apart, at a discount of one half a second, lambda 1/2.
+
+    delta_2 = 4 + 1/2 * 8 - 2 = 6            A_2 = 6
+    delta_1 = 2 + 1/4 * 2 - 1 = 1.5          A_1 = 1.5 + 1/4 * 1/2 * 6 = 2.25
+    delta_0 = 1 + 1/2 * 1 - 3 = -1.5         A_0 = -1.5 + 1/2 * 1/2 * 2.25 = -0.9375
+    """
+    discounts = np.exp(-np.log(2) * np.array([1.0, 2.0, 1.0]))[:, None]
+    rewards, values, after = (np.array(x, float)[:, None] for x in ([1, 2, 4], [3, 1, 2], [1, 2, 8]))
+    advantages = gae(rewards, values, after, discounts, np.zeros((3, 1), bool), 0.5)
+    np.testing.assert_allclose(advantages[:, 0], [-0.9375, 2.25, 6.0])
+
+
+@pytest.mark.parametrize(("final_value", "first"), [(0.0, -2.0), (6.0, 1.0)])
+def test_gae_stops_at_the_end_of_an_episode(final_value, first):
+    """Termination (nothing follows) and truncation (the final observation's value) differ by that only."""
+    rewards, values = np.array([[1.0], [5.0]]), np.array([[3.0], [1.0]])
+    after, ends = np.array([[final_value], [0.0]]), np.array([[True], [True]])
+    advantages = gae(rewards, values, after, np.full((2, 1), 0.5), ends, 0.95)
+    np.testing.assert_allclose(advantages[:, 0], [first, 4.0])
+
+
+def test_gae_with_lambda_one_is_the_discounted_return():
+    rng = np.random.default_rng(0)
+    rewards, values, last = rng.normal(size=(20, 3)), rng.normal(size=(20, 3)), rng.normal(size=3)
+    elapsed = rng.exponential(1.0, (20, 3))
+    after = np.concatenate([values[1:], last[None]])
+    advantages = gae(rewards, values, after, np.exp(-0.1 * elapsed), np.zeros((20, 3), bool), 1.0)
+    since = np.concatenate([np.zeros((1, 3)), elapsed.cumsum(0)])
+    returns = (np.exp(-0.1 * since[:-1]) * rewards).sum(0) + np.exp(-0.1 * since[-1]) * last
+    np.testing.assert_allclose(values[0] + advantages[0], returns)
+
+
+def test_normaliser_follows_the_returns_and_survives_saving():
+    rng, normalizer = np.random.default_rng(1), ReturnNormalizer()
+    assert (normalizer.mean, normalizer.std) == (0.0, 1.0)
+    for _ in range(300):
+        normalizer.update(rng.normal(-40.0, 3.0, 1000))
+    assert normalizer.mean == pytest.approx(-40, abs=0.2)
+    assert normalizer.std == pytest.approx(3, abs=0.2)
+    copy = ReturnNormalizer()
+    copy.load(normalizer.state())
+    assert vars(copy) == vars(normalizer)
+
+
+def test_minibatches_are_the_stored_decisions(least_inflight):
+    env = least_inflight(4, 3)
+    buffer = RolloutBuffer(5, 4, env.single_observation_space)
+    obs, _ = env.reset(seed=3)
+    for step in range(5):
+        buffer.put(step, obs)
+        buffer.actions[step] = 10 * step + np.arange(4)
+        obs, *_ = env.step(np.zeros(4, np.int64))
+    seen = []
+    for numbers in buffer.minibatches(8, torch.Generator().manual_seed(0)):
+        rows, other = buffer.rows(numbers)
+        seen += numbers.tolist()
+        for number, action, instances in zip(numbers, other["actions"], rows["instances"], strict=True):
+            step, lane = divmod(int(number), 4)
+            assert action == 10 * step + lane
+            np.testing.assert_array_equal(instances, buffer.obs["instances"][step, lane])
+    assert sorted(seen) == list(range(20))
+    assert seen != list(range(20))
+
+
+def test_memory_is_what_the_arrays_take(least_inflight):
+    space = least_inflight(1, 16).single_observation_space
+    bytes_per_decision = sum(box.dtype.itemsize * int(np.prod(box.shape)) for box in space.values())
+    buffer = RolloutBuffer(8, 4, space)
+    assert isinstance(space, gymnasium.spaces.Dict)
+    assert buffer.nbytes == 32 * (bytes_per_decision + 8 + 4 + 4 * 8 + 1 + 2 * 4)
