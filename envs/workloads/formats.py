@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from servegym.envs.workloads.checks import check_rows
@@ -81,7 +81,10 @@ def read(path: str | Path) -> Recorded:
 
 def _read_parquet(path: Path) -> Recorded:
     table = pq.ParquetFile(path).read()
-    _need(path, table, PARQUET_COLUMNS)
+    missing = [column for column in PARQUET_COLUMNS if column not in table.column_names]
+    if missing:
+        raise InputError(path, "columns", ", ".join(table.column_names), f"there is no {', '.join(missing)}")
+    _refuse_empty(path, len(table))
     meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     unclocked = meta.get("time") in ("none", "session-relative")
     known: dict[str, Any] = {}
@@ -110,6 +113,7 @@ def _read_parquet(path: Path) -> Recorded:
 def _read_csv(path: Path) -> Recorded:
     blanks = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
     table = pyarrow.csv.read_csv(path, convert_options=blanks)
+    _refuse_empty(path, len(table))
     if set(AZURE_COLUMNS) <= set(table.column_names):
         return _azure(path, table)
     if set(BURSTGPT_COLUMNS) <= set(table.column_names):
@@ -134,19 +138,51 @@ def _burstgpt(path: Path, table: pa.Table) -> Recorded:
         known["session"], _ = _categories(table["Session ID"], unknown=None)
     if "Log Type" in table.column_names:
         known["class_id"], known["class_names"] = _categories(table["Log Type"])
-    return _recorded(arrived - arrived[0] if len(arrived) else arrived, prompt, output, **known)
+    return _recorded(arrived - arrived[0], prompt, output, **known)
 
 
 def _read_mooncake(path: Path) -> Recorded:
     """Mooncake's JSONL: milliseconds, and ids of 512-token blocks of which the last may be partial."""
-    table = pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=1 << 24))
-    _need(path, table, MOONCAKE_COLUMNS)
-    milliseconds, prompt, output = (_numbers(path, table, column) for column in MOONCAKE_COLUMNS)
-    known: dict[str, Any] = {}
-    if "hash_ids" in table.column_names:
-        known = _prefixes(path, table["hash_ids"], str(MOONCAKE_BLOCK_TOKENS))
+    text = path.read_text(encoding="utf-8").rstrip()
+    # line by line: pyarrow's JSON reader can crash the interpreter on malformed files
+    rows = [_json_row(path, row, line) for row, line in enumerate(text.split("\n"))] if text else []
+    _refuse_empty(path, len(rows))
+    milliseconds, prompt, output = (_json_numbers(path, rows, column) for column in MOONCAKE_COLUMNS)
     on_grid = bool((milliseconds % (1000 * MOONCAKE_GRID_S) == 0).all())
-    return _recorded(milliseconds / 1000, prompt, output, grid_s=MOONCAKE_GRID_S if on_grid else 0.0, **known)
+    return _recorded(
+        milliseconds / 1000,
+        prompt,
+        output,
+        grid_s=MOONCAKE_GRID_S if on_grid else 0.0,
+        **_prefixes(path, _json_lists(path, rows, "hash_ids"), str(MOONCAKE_BLOCK_TOKENS)),
+    )
+
+
+def _json_row(path: Path, row: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, f"row {row}", line[:60], f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(path, f"row {row}", line[:60], f"not an object with {', '.join(MOONCAKE_COLUMNS)}")
+    return value
+
+
+def _json_numbers(path: Path, rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    for row, values in enumerate(rows):
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
+            raise InputError(path, f"{name}, row {row}", value, "must be a number")
+    return np.array([values[name] for values in rows], np.float64)
+
+
+def _json_lists(path: Path, rows: list[dict[str, Any]], name: str) -> pa.ChunkedArray:
+    lists = [values.get(name) for values in rows]
+    for row, ids in enumerate(lists):
+        known = ids is None or (isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**63 for i in ids))
+        if not known:
+            raise InputError(path, f"{name}, row {row}", str(ids)[:60], "must be a list of whole numbers")
+    return pa.chunked_array([pa.array(lists, pa.list_(pa.int64()))])
 
 
 READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_mooncake}
@@ -172,10 +208,9 @@ def _turns_in_order(session: np.ndarray) -> np.ndarray:
     return np.where(session == NO_ID, NO_ID, turn)
 
 
-def _need(path: Path, table: pa.Table, columns: tuple[str, ...]) -> None:
-    missing = [column for column in columns if column not in table.column_names]
-    if missing:
-        raise InputError(path, "columns", ", ".join(table.column_names), f"there is no {', '.join(missing)}")
+def _refuse_empty(path: Path, rows: int) -> None:
+    if rows == 0:
+        raise InputError(path, "rows", 0, "a trace needs at least one request")
 
 
 def _numbers(path: Path, table: pa.Table, name: str) -> np.ndarray:
@@ -201,8 +236,6 @@ def _is_number(value: object) -> bool:
 def _clock(path: Path, table: pa.Table, name: str) -> np.ndarray:
     """A column of dates and times as seconds from its first row."""
     column = table[name]
-    if len(column) == 0:
-        return np.zeros(0)
     values = column.to_pylist() if not pa.types.is_timestamp(column.type) or column.null_count else []
     for row, value in enumerate(values):
         if value is None or not _is_time(value):

@@ -90,13 +90,13 @@ def load(
 
 def _checked(name: str, r: Recorded, zero_output: str) -> Recorded:
     """Refuse what cannot be played, by its row in the file; leave out rows without output where asked to."""
-    if len(r.arrived_at_s) == 0:
-        raise InputError(name, "rows", 0, "a trace needs at least one request")
     untimed = ~np.isfinite(r.arrived_at_s) | (r.arrived_at_s < 0)
     check_rows(name, "arrived_at_s", r.arrived_at_s, untimed, "arrival seconds are finite and at least 0")
     check_sorted(name, "arrived_at_s", r.arrived_at_s)
     check_rows(name, "gap_s", r.gap_s, (r.gap_s < 0) | np.isinf(r.gap_s), "gaps are finite and at least 0")
     lost = r.output_tokens == 0
+    if lost.all():
+        raise InputError(name, "output_tokens", 0, "no request has any output")
     if zero_output == "refuse":
         hint = f"{lost.sum()} requests have no output; zero_output='drop' leaves them out"
         check_rows(name, "output_tokens", r.output_tokens, lost, hint)

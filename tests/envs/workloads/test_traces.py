@@ -203,6 +203,11 @@ def test_rows_are_those_of_the_file(tmp_path):
         load(path, zero_output="drop")
 
 
+def test_a_trace_without_any_output_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no request has any output"):
+        load(parquet(tmp_path, output_tokens=[0, 0, 0]), zero_output="drop")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "field"),
     [
@@ -216,11 +221,12 @@ def test_rows_are_those_of_the_file(tmp_path):
         ("t.csv", AZURE.replace("2023-11-16 18:15:50.9951690", "noon"), "TIMESTAMP, row 1"),
         ("t.csv", AZURE.replace("18:17:03", "18:15:00"), "arrived_at_s, row 2"),
         ("t.csv", AZURE.split("\n")[0] + "\n", "rows"),
-        ("t.jsonl", "", "contents"),
-        ("t.jsonl", '{"timestamp": 1', "contents"),
-        ("t.jsonl", '{"timestamp": 1}', "columns"),
-        ("t.jsonl", mooncake(hash_ids=[-4]), "prefix ids, row 1"),
-        ("t.jsonl", mooncake(output_length=None), "output_tokens, row 1"),
+        ("t.jsonl", "", "rows"),
+        ("t.jsonl", '{"timestamp": 1', "row 0"),
+        ("t.jsonl", '{"timestamp": 1}', "input_length, row 0"),
+        ("t.jsonl", "[1, 2]", "row 0"),
+        ("t.jsonl", mooncake(hash_ids=[-4]), "hash_ids, row 1"),
+        ("t.jsonl", mooncake(output_length=None), "output_length, row 1"),
         ("t.txt", AZURE, "extension"),
     ],
 )
