@@ -104,10 +104,13 @@ class World(NamedTuple):
     decode_base: np.ndarray
     decode_slope: np.ndarray
     decode_skew: np.ndarray
+    mixed_base: np.ndarray
+    mixed_slope: np.ndarray
+    mixed_skew: np.ndarray
+    mixed_launch: np.ndarray
     chunk_knot: np.ndarray
     past_knot: np.ndarray
     prefill: np.ndarray
-    overlap: np.ndarray
 
 
 OWNED = ("lane", "instance", "run", "residue", "req", "unit", "slot", "sleeper", "history")

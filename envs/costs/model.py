@@ -3,13 +3,16 @@
 An iteration computes one token for each of `n` decoding requests and any number of prefill chunks:
 
     iteration = linear[tokens] + head[sequences] + attention
-    attention = decode(n, context) + sum of prefill(chunk, past) - overlap * min of the two
+    attention = decode(n, context) alone, or with prefill chunks
+                mixed(n, context) + launch * n * chunk tokens + sum of prefill(chunk, past)
     decode(n, context) = base[n, j] + slope[n, j] * (context - n * knot[j]) + skew[n] * (top - context // n)
 
-`context` is the sum of the KV lengths that the decodes read, `top` the longest of them, and j the segment
-of the mean context. As a stretch of decode-only iterations goes on, `context` grows by n a step and
-`top - context // n` stays, so the sum over k steps is a closed form per segment. All operands are int64: the
-closed form equals the sum of its steps to the bit on every machine.
+`mixed` is of the form of `decode`: one kernel then serves prefill and decodes, it splits no context over the
+device, so that decodes cost up to twice as much, and it launches an empty thread block for each tile of the
+chunk and each decode. `context` is the sum of the KV lengths that the decodes read, `top` the longest of them,
+and j the segment of the mean context. As a stretch of decode-only iterations goes on, `context` grows by n a
+step and `top - context // n` stays, so the sum over k steps is a closed form per segment. All operands are
+int64: the closed form equals the sum of its steps to the bit on every machine.
 """
 
 from __future__ import annotations
@@ -19,8 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster.kernel import inlined, kernel
-
-OVERLAP_BITS = 16  # overlap is a fraction in units of 2**-16
 
 
 class CostTables(NamedTuple):
@@ -35,10 +36,11 @@ class CostTables(NamedTuple):
         decode_base: [P, S + 1, J] decode attention at the knot, by batch.
         decode_slope: [P, S + 1, J] picoseconds per token of total context beyond the knot.
         decode_skew: [P, S + 1] picoseconds per token by which the longest context exceeds the mean.
+        mixed_base, mixed_slope, mixed_skew: the same for decodes in an iteration that prefills, too.
+        mixed_launch: [P] picoseconds per decode and chunk token of such an iteration.
         chunk_knot: [P, A] new tokens of a prefill chunk, rising from 0.
         past_knot: [P, B] tokens that the chunk attends to beside itself, rising from 0.
         prefill: [P, A, B] prefill attention.
-        overlap: [P] part of the shorter of decode and prefill attention hidden under the longer, in 2**-16.
     """
 
     linear: np.ndarray
@@ -47,13 +49,16 @@ class CostTables(NamedTuple):
     decode_base: np.ndarray
     decode_slope: np.ndarray
     decode_skew: np.ndarray
+    mixed_base: np.ndarray
+    mixed_slope: np.ndarray
+    mixed_skew: np.ndarray
+    mixed_launch: np.ndarray
     chunk_knot: np.ndarray
     past_knot: np.ndarray
     prefill: np.ndarray
-    overlap: np.ndarray
 
 
-@inlined()
+@inlined
 def segment_of(knots, p, x):
     """Index j of the last knot <= x in row p; the last segment extends beyond the table."""
     low, high = 0, knots.shape[1] - 1
@@ -66,7 +71,7 @@ def segment_of(knots, p, x):
     return low
 
 
-@inlined()
+@inlined
 def decode_ps(tables, p, n, context, top):
     """Decode attention of n requests with `context` KV tokens in all, the longest `top`; 0 for n = 0."""
     if n == 0:
@@ -81,7 +86,23 @@ def decode_ps(tables, p, n, context, top):
     )
 
 
-@inlined()
+@inlined
+def mixed_ps(tables, p, n, context, top, chunk_tokens):
+    """Decode attention as `decode_ps`, in an iteration that also prefills `chunk_tokens`."""
+    if n == 0:
+        return 0
+    mean = context // n
+    j = segment_of(tables.decode_knot, p, mean)
+    beyond = context - n * tables.decode_knot[p, j]
+    return (
+        tables.mixed_base[p, n, j]
+        + tables.mixed_slope[p, n, j] * beyond
+        + tables.mixed_skew[p, n] * (top - mean)
+        + tables.mixed_launch[p] * n * chunk_tokens
+    )
+
+
+@inlined
 def prefill_ps(tables, p, chunk, past):
     """Attention of `chunk` new tokens over `past` earlier ones and themselves: bilinear on the grid."""
     a = min(segment_of(tables.chunk_knot, p, chunk), tables.chunk_knot.shape[1] - 2)
@@ -96,21 +117,20 @@ def prefill_ps(tables, p, chunk, past):
     return low + (high - low) * (chunk - chunk_0) // (tables.chunk_knot[p, a + 1] - chunk_0)
 
 
-@inlined()
+@inlined
 def iteration_ps(tables, p, n, context, top, tokens, sequences, prefill_attention):
     """One iteration: n decodes and prefill chunks whose attention sums to `prefill_attention`.
 
-    Args:
-        tokens: decodes plus chunk tokens. sequences: decodes plus chunks.
+    `tokens` counts decodes and chunk tokens, `sequences` decodes and chunks.
     """
-    decode_attention = decode_ps(tables, p, n, context, top)
-    hidden = (min(decode_attention, prefill_attention) * tables.overlap[p]) >> OVERLAP_BITS
-    return (
-        tables.linear[p, tokens] + tables.head[p, sequences] + decode_attention + prefill_attention - hidden
-    )
+    if tokens > n:
+        attention = prefill_attention + mixed_ps(tables, p, n, context, top, tokens - n)
+    else:
+        attention = decode_ps(tables, p, n, context, top)
+    return tables.linear[p, tokens] + tables.head[p, sequences] + attention
 
 
-@kernel()
+@kernel
 def stretch_ps(tables, p, n, context, top, k):
     """Time of k decode-only iterations; equals the sum of `iteration_ps` over them to the bit."""
     step = tables.linear[p, n] + tables.head[p, n] + tables.decode_skew[p, n] * (top - context // n)
@@ -131,7 +151,7 @@ def stretch_ps(tables, p, n, context, top, k):
     return total
 
 
-@kernel()
+@kernel
 def steps_to_reach(tables, p, n, context, top, k, elapsed):
     """Least j in 1..k with `stretch_ps(j) >= elapsed`; k where even k steps fall short."""
     first = stretch_ps(tables, p, n, context, top, 1)

@@ -147,7 +147,8 @@ class Profile:
         prefill_attention: by chunk (rows) and earlier tokens (columns), one sequence.
         decode_attention: by batch (rows) and mean context (columns).
         decode_skew: microseconds per token by which the longest context exceeds the mean, by batch.
-        overlap: part of the shorter of prefill and decode attention that hides under the longer, 0..1.
+        mixed_attention, mixed_skew: the same for decodes in an iteration that also prefills; None: as alone.
+        mixed_launch_us: microseconds per decode and chunk token of such an iteration.
         swap: device to host and back. network: replica to replica. start: a cold engine, by stage.
     """
 
@@ -166,7 +167,9 @@ class Profile:
     prefill_attention: Surface = field(kw_only=True)
     decode_attention: Surface = field(kw_only=True)
     decode_skew: Curve | None = field(kw_only=True, default=None)
-    overlap: float = number(0.0, 1.0, default=0.0)
+    mixed_attention: Surface | None = field(kw_only=True, default=None)
+    mixed_skew: Curve | None = field(kw_only=True, default=None)
+    mixed_launch_us: float = number(0.0, default=0.0)
     swap: Link | None = field(kw_only=True, default=None)
     network: Link | None = field(kw_only=True, default=None)
     start: Start | None = field(kw_only=True, default=None)
@@ -181,6 +184,9 @@ class Profile:
         """Raise `InputError` where fields contradict each other."""
         if self.model.kv_heads > self.model.heads:
             raise InputError(where, "model.kv_heads", self.model.kv_heads, "cannot exceed model.heads")
+        mixed = self.mixed_attention
+        if mixed is not None and mixed.columns != self.decode_attention.columns:
+            raise InputError(where, "mixed_attention.columns", None, "must be those of decode_attention")
         if self.token_budget < self.max_seqs:
             raise InputError(where, "token_budget", self.token_budget, "must be at least max_seqs")
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from servegym.envs.costs.model import OVERLAP_BITS, CostTables
+import numpy as np
+
+from servegym.envs.costs.model import CostTables
 
 
 class ReferenceCosts:
@@ -27,25 +29,36 @@ class ReferenceCosts:
             chunks: (new tokens, earlier tokens that they attend to) of each prefilling request.
         """
         p = profile_index
-        tokens = len(decode_contexts) + sum(chunk for chunk, _ in chunks)
-        sequences = len(decode_contexts) + len(chunks)
-        decode = self.decode_ps(p, decode_contexts)
+        chunk_tokens = sum(chunk for chunk, _ in chunks)
+        linear = int(self.tables.linear[p, len(decode_contexts) + chunk_tokens])
+        head = int(self.tables.head[p, len(decode_contexts) + len(chunks)])
+        if not chunks:
+            return linear + head + self.decode_ps(p, decode_contexts)
         prefill = sum(self.prefill_ps(p, chunk, past) for chunk, past in chunks)
-        hidden = (min(decode, prefill) * int(self.tables.overlap[p])) >> OVERLAP_BITS
-        linear, head = int(self.tables.linear[p, tokens]), int(self.tables.head[p, sequences])
-        return linear + head + decode + prefill - hidden
+        return linear + head + prefill + self.mixed_ps(p, decode_contexts, chunk_tokens)
 
     def decode_ps(self, p: int, contexts: list[int]) -> int:
         """Attention of one new token for each context: by batch and mean context, plus the skew."""
+        t = self.tables
+        return self._decodes(p, contexts, t.decode_base, t.decode_slope, t.decode_skew)
+
+    def mixed_ps(self, p: int, contexts: list[int], chunk_tokens: int) -> int:
+        """The same in an iteration that prefills, too; each pair of a decode and a chunk token adds to it."""
+        t = self.tables
+        launch = int(t.mixed_launch[p]) * len(contexts) * chunk_tokens
+        return launch + self._decodes(p, contexts, t.mixed_base, t.mixed_slope, t.mixed_skew)
+
+    def _decodes(
+        self, p: int, contexts: list[int], base: np.ndarray, slope: np.ndarray, skew: np.ndarray
+    ) -> int:
         n = len(contexts)
         if n == 0:
             return 0
         knots = self.tables.decode_knot[p].tolist()
         mean = sum(contexts) // n
         j = bisect_right(knots, mean) - 1
-        base, slope = int(self.tables.decode_base[p, n, j]), int(self.tables.decode_slope[p, n, j])
-        skew = int(self.tables.decode_skew[p, n]) * (max(contexts) - mean)
-        return base + slope * (sum(contexts) - n * knots[j]) + skew
+        beyond = sum(contexts) - n * knots[j]
+        return int(base[p, n, j]) + int(slope[p, n, j]) * beyond + int(skew[p, n]) * (max(contexts) - mean)
 
     def prefill_ps(self, p: int, chunk: int, past: int) -> int:
         """Attention of one prefill chunk: linear along the past on both chunk knots, then along the chunk."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from servegym.envs.costs.model import OVERLAP_BITS, CostTables
-from servegym.envs.costs.profile import Profile, Surface, extended
+from servegym.envs.costs.model import CostTables
+from servegym.envs.costs.profile import Curve, Profile, Surface, extended
 from servegym.errors import InputError
 
 PS_PER_US = 1_000_000
@@ -43,34 +43,40 @@ def _tables(profile: Profile, max_tokens: int, max_sequences: int) -> dict[str, 
     linear = profile.linear(tokens) + profile.overhead_us
     if profile.collective is not None:
         linear = linear + profile.collective(tokens)
-    skew = np.zeros(max_sequences + 1) if profile.decode_skew is None else profile.decode_skew(sequences)
     knot = np.asarray(profile.decode_attention.columns, dtype=np.int64)
-    base, slope = _decode(profile.decode_attention, max_sequences)
+    decode = _decode(profile.decode_attention, profile.decode_skew, max_sequences)
+    mixed = decode
+    if profile.mixed_attention is not None:
+        mixed = _decode(profile.mixed_attention, profile.mixed_skew, max_sequences)
     prefill = np.maximum.accumulate(np.maximum.accumulate(np.asarray(profile.prefill_attention.us), 0), 1)
     return {
         "linear": _ps(np.maximum.accumulate(linear)),
         "head": _ps(np.maximum.accumulate(profile.head(sequences))),
         "decode_knot": knot,
-        "decode_base": base,
-        "decode_slope": slope,
-        "decode_skew": _ps(skew),
+        "decode_base": decode[0],
+        "decode_slope": decode[1],
+        "decode_skew": decode[2],
+        "mixed_base": mixed[0],
+        "mixed_slope": mixed[1],
+        "mixed_skew": mixed[2],
+        "mixed_launch": _ps(profile.mixed_launch_us),
         "chunk_knot": np.asarray(profile.prefill_attention.rows, dtype=np.int64),
         "past_knot": np.asarray(profile.prefill_attention.columns, dtype=np.int64),
         "prefill": _ps(prefill),
-        "overlap": np.asarray(round(profile.overlap * (1 << OVERLAP_BITS)), dtype=np.int64),
     }
 
 
-def _ps(us: np.ndarray) -> np.ndarray:
+def _ps(us: np.ndarray | float) -> np.ndarray:
     return np.rint(np.asarray(us) * PS_PER_US).astype(np.int64)
 
 
-def _decode(surface: Surface, max_sequences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Base [S + 1, J] and slope [S + 1, J]; integer slopes first, so that segments meet to the bit."""
+def _decode(
+    surface: Surface, skew: Curve | None, max_sequences: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Base and slope [S + 1, J], skew [S + 1]; integer slopes first, so that segments meet to the bit."""
     n = np.arange(max_sequences + 1)
-    us = np.stack(
-        [extended(np.asarray(surface.rows), column, n) for column in np.asarray(surface.us).T], axis=1
-    )
+    columns = np.asarray(surface.us).T
+    us = np.stack([extended(np.asarray(surface.rows), column, n) for column in columns], axis=1)
     target = _ps(np.maximum.accumulate(np.maximum.accumulate(us, 0), 1))
     width = np.diff(np.asarray(surface.columns, dtype=np.int64))
     base, slope = np.zeros_like(target), np.zeros_like(target)
@@ -80,18 +86,19 @@ def _decode(surface: Surface, max_sequences: int) -> tuple[np.ndarray, np.ndarra
         slope[:, j] = np.maximum((target[:, j + 1] - base[:, j] + span * step // 2) // (span * step), 0)
         base[:, j + 1] = base[:, j] + slope[:, j] * span * step
     slope[:, -1] = slope[:, -2]
-    return base, slope
+    return base, slope, _ps(np.zeros(max_sequences + 1) if skew is None else skew(n))
 
 
 def _pad(row: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
     """Add knots on the extension of the last segment until the profile has as many as the others."""
     while len(row["decode_knot"]) < sizes["decode_knot"]:
         width = row["decode_knot"][-1] - row["decode_knot"][-2]
-        n = np.maximum(np.arange(len(row["decode_base"])), 1)
-        end = row["decode_base"][:, -1] + row["decode_slope"][:, -1] * n * width
         row["decode_knot"] = np.append(row["decode_knot"], row["decode_knot"][-1] + width)
-        row["decode_base"] = np.column_stack([row["decode_base"], end])
-        row["decode_slope"] = np.column_stack([row["decode_slope"], row["decode_slope"][:, -1]])
+        for kind in ("decode", "mixed"):
+            base, slope = row[f"{kind}_base"], row[f"{kind}_slope"]
+            end = base[:, -1] + slope[:, -1] * np.maximum(np.arange(len(base)), 1) * width
+            row[f"{kind}_base"] = np.column_stack([base, end])
+            row[f"{kind}_slope"] = np.column_stack([slope, slope[:, -1]])
     for name, axis in (("chunk_knot", 0), ("past_knot", 1)):
         while len(row[name]) < sizes[name]:
             knots, table = row[name], np.moveaxis(row["prefill"], axis, 0)

@@ -26,24 +26,32 @@ def tables(draw):
         )
 
     context, chunk, past = knots(5, 40), knots(4, 20), knots(3, 50)
-    slope = rng.integers(0, scale, size=(2, N_SEQUENCES + 1, 5))
     n = np.maximum(np.arange(N_SEQUENCES + 1), 1)
-    base = np.zeros((2, N_SEQUENCES + 1, 5), dtype=np.int64)
-    for p in range(2):
-        steps = slope[p, :, :-1] * n[:, None] * np.diff(context[p])
-        base[p, :, 1:] = np.cumsum(steps, axis=1)
-        base[p] += rng.integers(0, scale, size=N_SEQUENCES + 1)[:, None]
+
+    def decode():
+        slope = rng.integers(0, scale, size=(2, N_SEQUENCES + 1, 5))
+        base = np.zeros((2, N_SEQUENCES + 1, 5), dtype=np.int64)
+        for p in range(2):
+            steps = slope[p, :, :-1] * n[:, None] * np.diff(context[p])
+            base[p, :, 1:] = np.cumsum(steps, axis=1)
+            base[p] += rng.integers(0, scale, size=N_SEQUENCES + 1)[:, None]
+        return base, slope, rng.integers(0, scale, size=(2, N_SEQUENCES + 1))
+
+    (base, slope, skew), (mixed_base, mixed_slope, mixed_skew) = decode(), decode()
     return model.CostTables(
         linear=rising(2, N_TOKENS + 1, start=1),
         head=rising(2, N_SEQUENCES + 1),
         decode_knot=context,
         decode_base=base,
         decode_slope=slope,
-        decode_skew=rng.integers(0, scale, size=(2, N_SEQUENCES + 1)),
+        decode_skew=skew,
+        mixed_base=mixed_base,
+        mixed_slope=mixed_slope,
+        mixed_skew=mixed_skew,
+        mixed_launch=rng.integers(0, scale, size=2),
         chunk_knot=chunk,
         past_knot=past,
         prefill=np.cumsum(np.cumsum(rng.integers(0, scale, size=(2, 4, 3)), axis=1), axis=2),
-        overlap=rng.integers(0, 1 << model.OVERLAP_BITS, size=2),
     )
 
 
@@ -87,10 +95,9 @@ def test_steps_to_reach_is_the_first_that_is_enough(table, p, contexts, k, share
 def test_prefill_is_bilinear(chunk, past, expected):
     zero = np.zeros((1, 3), dtype=np.int64)
     table = model.CostTables(
-        *[zero] * 6,
+        *[zero] * 10,
         chunk_knot=np.array([[0, 10]]),
         past_knot=np.array([[0, 40]]),
         prefill=np.array([[[0, 0], [100, 200]]]),
-        overlap=np.zeros(1, dtype=np.int64),
     )
     assert model.prefill_ps(table, 0, chunk, past) == expected
