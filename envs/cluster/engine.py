@@ -35,13 +35,13 @@ from servegym.envs.cluster.state import (
 from servegym.envs.costs.model import iteration_ps, prefill_ps, steps_to_reach, stretch_ps
 
 
-@inlined()
+@inlined
 def blocks_of(inst_block_tokens, tokens):
     """Blocks that hold so many tokens."""
     return (tokens + inst_block_tokens - 1) // inst_block_tokens
 
 
-@inlined()
+@inlined
 def _setting(world, l, i):
     return world.setting[world.lane[l].fleet, i]
 
@@ -49,7 +49,7 @@ def _setting(world, l, i):
 # --- waiting list -----------------------------------------------------------------------------------------
 
 
-@inlined()
+@inlined
 def _before(world, l, a, b):
     """Whether request a is scheduled before b under priorities."""
     first = world.lane[l].first_row
@@ -61,7 +61,7 @@ def _before(world, l, a, b):
     return a < b
 
 
-@inlined()
+@inlined
 def _insert_after(world, l, i, r, previous):
     inst = world.instance[l, i]
     if previous == NONE:
@@ -75,7 +75,7 @@ def _insert_after(world, l, i, r, previous):
     inst.waiting += 1
 
 
-@inlined()
+@inlined
 def _insert_by_priority(world, l, i, r):
     previous, at = NONE, world.instance[l, i].head
     while at != NONE and _before(world, l, at, r):
@@ -83,7 +83,7 @@ def _insert_by_priority(world, l, i, r):
     _insert_after(world, l, i, r, previous)
 
 
-@inlined()
+@inlined
 def enqueue(world, l, i, r):
     """A new request joins the waiting list."""
     if _setting(world, l, i).by_priority:
@@ -92,7 +92,7 @@ def enqueue(world, l, i, r):
         _insert_after(world, l, i, r, world.instance[l, i].tail)
 
 
-@inlined()
+@inlined
 def _requeue(world, l, i, r):
     """A preempted request goes back to the front."""
     if _setting(world, l, i).by_priority:
@@ -104,7 +104,7 @@ def _requeue(world, l, i, r):
 # --- decoding requests ------------------------------------------------------------------------------------
 
 
-@inlined()
+@inlined
 def _join(world, l, i, at):
     """The request at position `at` of the run arrays starts to decode."""
     inst = world.instance[l, i]
@@ -116,7 +116,7 @@ def _join(world, l, i, at):
     world.residue[l, i, (offset - 1) % _setting(world, l, i).block_tokens] += 1
 
 
-@inlined()
+@inlined
 def _leave(world, l, i, at):
     """The decoding request at position `at` leaves; the last takes its place."""
     inst = world.instance[l, i]
@@ -140,7 +140,7 @@ def _leave(world, l, i, at):
             inst.next_finish = min(inst.next_finish, finishes[k])
 
 
-@inlined()
+@inlined
 def _blocks_for_steps(world, l, i, steps):
     """Blocks that the next `steps` decode steps take."""
     inst = world.instance[l, i]
@@ -154,7 +154,7 @@ def _blocks_for_steps(world, l, i, steps):
     return total
 
 
-@inlined()
+@inlined
 def _steps_within(world, l, i, blocks, most):
     """How many decode steps, up to `most`, the blocks suffice for."""
     inst = world.instance[l, i]
@@ -177,7 +177,7 @@ def _steps_within(world, l, i, blocks, most):
 # --- preemption and finish --------------------------------------------------------------------------------
 
 
-@inlined()
+@inlined
 def _give_back(world, l, i, r, tokens):
     """Request r lets all its KV go, of which `tokens` tokens are filled."""
     inst = world.instance[l, i]
@@ -189,7 +189,7 @@ def _give_back(world, l, i, r, tokens):
         prefix.release(world, l, i, r, row)
 
 
-@inlined()
+@inlined
 def _worst(world, l, i):
     """Position of the running request to preempt first; NONE stands for the partial prompt."""
     inst = world.instance[l, i]
@@ -209,7 +209,7 @@ def _worst(world, l, i):
     return worst
 
 
-@kernel()
+@kernel
 def _preempt(world, l, i, now):
     """Preempt the worst running request by recompute."""
     inst = world.instance[l, i]
@@ -232,7 +232,7 @@ def _preempt(world, l, i, now):
     _requeue(world, l, i, r)
 
 
-@kernel()
+@kernel
 def _finish(world, l, i, at, now):
     """The decoding request at position `at` has streamed its last token."""
     lane = world.lane[l]
@@ -260,14 +260,14 @@ def _finish(world, l, i, at, now):
         sleep(world, l, now + world.row[lane.first_row + row.next_turn].gap, row.next_turn)
 
 
-@inlined()
+@inlined
 def accrue(lane, now):
     """Bring the integral of the weight in the system up to now."""
     lane.cost += lane.live_weight * ((now - lane.accrued_at) / PS)
     lane.accrued_at = now
 
 
-@inlined()
+@inlined
 def sleep(world, l, at, r):
     """Heap push: closed-loop turn r arrives at time `at`."""
     heap = world.sleeper
@@ -283,7 +283,7 @@ def sleep(world, l, at, r):
     heap[l, k].at, heap[l, k].request = at, r
 
 
-@inlined()
+@inlined
 def wake(world, l):
     """Heap pop: drop the turn that arrives first."""
     heap = world.sleeper
@@ -311,7 +311,7 @@ def wake(world, l):
 # --- the scheduler ----------------------------------------------------------------------------------------
 
 
-@inlined()
+@inlined
 def _make_room(world, l, i, now):
     """Preempt until the running requests' next tokens fit; take their blocks.
 
@@ -336,7 +336,7 @@ def _make_room(world, l, i, now):
     return preempted, chunk
 
 
-@inlined()
+@inlined
 def _compute_prompt(world, l, i, r, past, chunk, goal):
     """Request r computes `chunk` prompt tokens behind `past` in this iteration."""
     inst = world.instance[l, i]
@@ -357,7 +357,7 @@ def _compute_prompt(world, l, i, r, past, chunk, goal):
     run[l, i, ORDER, at] = world.req[l, r].order
 
 
-@kernel()
+@kernel
 def _admit(world, l, i, budget):
     """Admit the head of the waiting list if it fits.
 
@@ -398,7 +398,17 @@ def _admit(world, l, i, budget):
     return chunk, past
 
 
-@kernel()
+@inlined
+def _may_fit_later(inst, setting):
+    """Whether the head of the waiting list, which does not fit now, may fit as the running requests grow.
+
+    Their growth takes memory, so it cannot, but for one case: without a reserved prompt, the eviction of an
+    idle prefix that the head would hold makes its first chunk need less.
+    """
+    return inst.head != NONE and inst.unit_blocks > 0 and not setting.reserve
+
+
+@kernel
 def schedule(world, l, i, now):
     """Choose what instance i computes next and when that ends."""
     inst = world.instance[l, i]
@@ -433,7 +443,7 @@ def schedule(world, l, i, now):
     n = inst.running
     if tokens == 0:
         inst.steps, inst.until = 0, NEVER
-    elif tokens == n and not preempted:
+    elif tokens == n and not preempted and not _may_fit_later(inst, setting):
         steps = _steps_within(world, l, i, before, inst.next_finish - inst.clock)
         inst.steps = steps
         inst.until = now + stretch_ps(world, p, n, inst.context, inst.top + inst.clock, steps)
@@ -443,7 +453,7 @@ def schedule(world, l, i, now):
         inst.until = now + iteration_ps(world, p, n, inst.context, top, tokens, sequences, attention)
 
 
-@inlined()
+@inlined
 def cut(world, l, i, now):
     """End the stretch in flight at its first boundary at or after now, so that an arrival can be scheduled."""
     inst = world.instance[l, i]
@@ -457,7 +467,7 @@ def cut(world, l, i, now):
         inst.until = inst.begin + stretch_ps(world, p, inst.running, inst.context, top, steps)
 
 
-@inlined()
+@inlined
 def _last_step_ps(world, l, i):
     """Duration of the last, longest, iteration of what is in flight."""
     inst = world.instance[l, i]
@@ -468,7 +478,7 @@ def _last_step_ps(world, l, i):
     return stretch_ps(world, _setting(world, l, i).profile, inst.running, context, top, 1)
 
 
-@inlined()
+@inlined
 def _first_tokens(world, l, i, now):
     """The prompts that this iteration completed stream a token and decode from now on."""
     inst = world.instance[l, i]
@@ -487,7 +497,7 @@ def _first_tokens(world, l, i, now):
     inst.fresh = 0
 
 
-@inlined()
+@inlined
 def _finish_due(world, l, i, now):
     """Finish the requests that are done, in the order of their numbers."""
     inst = world.instance[l, i]
@@ -500,7 +510,7 @@ def _finish_due(world, l, i, now):
         _finish(world, l, i, due, now)
 
 
-@kernel()
+@kernel
 def complete(world, l, i):
     """What instance i had in flight ends: tokens stream, requests finish, the next iteration starts."""
     inst = world.instance[l, i]

@@ -7,10 +7,10 @@ instance), so an iteration that starts at t can serve what arrived at t.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from servegym.envs.cluster import engine, prefix
-from servegym.envs.cluster.kernel import kernel
+from servegym.envs.cluster.kernel import kernel, parallel_kernel
 from servegym.envs.cluster.scrape import scrape, start_scrape
 from servegym.envs.cluster.state import NEVER, NONE
 
@@ -19,7 +19,7 @@ AGENT, ROUND_ROBIN, LEAST_REQUEST = 0, 1, 2
 RATE_MEMORY_S = 10.0
 
 
-@kernel()
+@kernel
 def restart(world, l, episode):
     """Reset lane l to the start of an episode, with nothing on its instances."""
     lane = world.lane[l]
@@ -46,7 +46,7 @@ def restart(world, l, episode):
     _skip_followers(world, l)
 
 
-@kernel()
+@kernel
 def _restart_instance(world, l, i, prefix_tokens):
     inst = world.instance[l, i]
     setting = world.setting[world.lane[l].fleet, i]
@@ -71,7 +71,7 @@ def _restart_instance(world, l, i, prefix_tokens):
 # --- arrivals ---------------------------------------------------------------------------------------------
 
 
-@kernel()
+@kernel
 def _skip_followers(world, l):
     """Move next_row to the next open-loop row; closed-loop turns come from the sleepers."""
     lane = world.lane[l]
@@ -79,7 +79,7 @@ def _skip_followers(world, l):
         lane.next_row += 1
 
 
-@kernel()
+@kernel
 def _next_arrival(world, l):
     """Time and row of the next arrival, without taking it."""
     lane = world.lane[l]
@@ -93,7 +93,7 @@ def _next_arrival(world, l):
     return at, r
 
 
-@kernel()
+@kernel
 def _take_arrival(world, l, at, r):
     """Request r reaches the router."""
     lane = world.lane[l]
@@ -110,7 +110,7 @@ def _take_arrival(world, l, at, r):
     lane.pending = r
 
 
-@kernel()
+@kernel
 def fits(world, l, i, r):
     """Whether instance i can ever hold request r's prompt and output."""
     lane = world.lane[l]
@@ -121,7 +121,7 @@ def fits(world, l, i, r):
     )
 
 
-@kernel()
+@kernel
 def default_instance(world, l):
     """The default rule for the pending request: fewest requests in flight, lowest index on ties."""
     lane = world.lane[l]
@@ -132,7 +132,7 @@ def default_instance(world, l):
     return best
 
 
-@kernel()
+@kernel
 def _round_robin(world, l):
     lane = world.lane[l]
     while True:
@@ -142,7 +142,7 @@ def _round_robin(world, l):
             return i
 
 
-@kernel()
+@kernel
 def dispatch(world, l, i):
     """The pending request goes to instance i."""
     lane = world.lane[l]
@@ -167,7 +167,7 @@ def dispatch(world, l, i):
 # --- the event loop ---------------------------------------------------------------------------------------
 
 
-@kernel()
+@kernel
 def advance(world, l, rule):
     """Run lane l until the agent must decide, or to the end of the episode.
 
@@ -196,7 +196,7 @@ def advance(world, l, rule):
             return END
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@parallel_kernel
 def run_lanes(world, rule):
     """Play every lane's first episode to its end under a built-in rule, lanes in parallel."""
     for k in prange(world.lane.shape[0]):

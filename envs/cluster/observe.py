@@ -73,19 +73,19 @@ def make_frame(lanes: int, instances: int, *, oracle: bool = False) -> Frame:
     )
 
 
-@inlined()
+@inlined
 def _copy(source, target):
     for k in range(len(source)):
         target[k] = source[k]
 
 
-@inlined()
+@inlined
 def _copy_rows(source, target):
     for k in range(len(source)):
         _copy(source[k], target[k])
 
 
-@kernel()
+@kernel
 def copy_frame(source, target, l):
     """Copy lane l's observation into another frame."""
     _copy_rows(source.instances[l], target.instances[l])
@@ -100,7 +100,7 @@ def copy_frame(source, target, l):
     _copy(source.oracle[l], target.oracle[l])
 
 
-@kernel()
+@kernel
 def start_frame(world, frame, l):
     """Write what stays the same for the whole episode; call it after the lane's restart."""
     frame.instances[l] = 0.0
@@ -118,7 +118,7 @@ def start_frame(world, frame, l):
         frame.instance_mask[l, i] = 1
 
 
-@inlined()
+@inlined
 def _clear_decision(frame, l):
     """No request to decide about: candidate 0 is the only answer, and stands for nothing."""
     frame.requests[l] = 0.0
@@ -128,7 +128,7 @@ def _clear_decision(frame, l):
     frame.candidates[l, 0, 1] = 0
 
 
-@kernel()
+@kernel
 def observe_end(world, frame, l):
     """The observation after the last request: the same instances, idle, and nothing to decide."""
     lane = world.lane[l]
@@ -142,7 +142,7 @@ def observe_end(world, frame, l):
         frame.oracle[l] = 0.0
 
 
-@kernel()
+@kernel
 def observe_dispatch(world, frame, l):
     """The observation of the pending request's dispatch; call it once per decision, when it has arrived."""
     lane = world.lane[l]
@@ -185,7 +185,7 @@ def observe_dispatch(world, frame, l):
     frame.edges[l, 0, IS_DEFAULT] = 1.0
 
 
-@inlined()
+@inlined
 def _node(world, frame, l, i):
     """Write an instance's changing features.
 
@@ -214,7 +214,7 @@ def _node(world, frame, l, i):
     return n, context, to_come
 
 
-@inlined()
+@inlined
 def _request(world, frame, l, r):
     """Write the pending request's features, in the order of schema.REQUEST."""
     lane = world.lane[l]
@@ -230,7 +230,7 @@ def _request(world, frame, l, r):
     node[7] = row.turn
 
 
-@inlined()
+@inlined
 def _arrivals(world, frame, l, r):
     """Bring the router's arrival statistics up to now, count request r unless NONE, and write them."""
     lane = world.lane[l]
@@ -254,7 +254,7 @@ def _arrivals(world, frame, l, r):
     frame.globals[l, SINCE_LAST] = since
 
 
-@inlined()
+@inlined
 def _step_s(costs, p, n, context):
     """Seconds of a decode-only iteration of n requests, `context` tokens of KV in all, equally long."""
     if n == 0:
@@ -262,7 +262,7 @@ def _step_s(costs, p, n, context):
     return (costs.linear[p, n] + costs.head[p, n] + decode_ps(costs, p, n, context, context // n)) * _SECOND
 
 
-@kernel()
+@kernel
 def _prefill_s(costs, p, uncached, past, budget):
     """Seconds of the iterations that compute `uncached` prompt tokens behind `past` cached ones, alone.
 
@@ -277,7 +277,7 @@ def _prefill_s(costs, p, uncached, past, budget):
     return ps * _SECOND
 
 
-@kernel()
+@kernel
 def _oracle(world, l, i):
     """Seconds of work truly left on an instance: what no deployment knows.
 

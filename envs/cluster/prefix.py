@@ -13,13 +13,13 @@ from servegym.envs.cluster.state import NONE
 _MIX = 0x9E3779B1  # 2**32 / golden ratio, Knuth's multiplicative hash
 
 
-@inlined()
+@inlined
 def _home(world, key):
     mask = world.slot.shape[2] - 1
     return ((key * _MIX) >> 7) & mask
 
 
-@inlined()
+@inlined
 def _slot_of(world, l, i, key):
     """Slot that holds the key, or the empty one where it belongs."""
     mask = world.slot.shape[2] - 1
@@ -31,13 +31,13 @@ def _slot_of(world, l, i, key):
         slot = (slot + 1) & mask
 
 
-@inlined()
+@inlined
 def find(world, l, i, key):
     """The unit that caches prefix block `key` on instance i, or NONE."""
     return world.slot[l, i, _slot_of(world, l, i, key)] - 1
 
 
-@inlined()
+@inlined
 def _unlink(world, l, i, unit):
     """Take an idle unit out of the order of last use."""
     inst = world.instance[l, i]
@@ -53,7 +53,7 @@ def _unlink(world, l, i, unit):
     inst.idle_units -= 1
 
 
-@inlined()
+@inlined
 def _link(world, l, i, unit):
     """Put a unit that has become idle at the young end."""
     inst = world.instance[l, i]
@@ -67,7 +67,7 @@ def _link(world, l, i, unit):
     inst.idle_units += 1
 
 
-@inlined()
+@inlined
 def hold(world, l, i, unit):
     """One more request uses the unit; an idle unit's blocks stop being free."""
     if world.unit[l, i, unit].holders == 0:
@@ -76,7 +76,7 @@ def hold(world, l, i, unit):
     world.unit[l, i, unit].holders += 1
 
 
-@inlined()
+@inlined
 def _forget(world, l, i, slot):
     """Empty a hash slot and close the gap, so that probes find every key that stands behind it."""
     mask = world.slot.shape[2] - 1
@@ -93,7 +93,7 @@ def _forget(world, l, i, slot):
     world.slot[l, i, gap] = 0
 
 
-@kernel()
+@kernel
 def evict(world, l, i):
     """Drop idle units, oldest first, until the rest fit into the free blocks."""
     inst = world.instance[l, i]
@@ -106,7 +106,7 @@ def evict(world, l, i):
         inst.units -= 1
 
 
-@kernel()
+@kernel
 def match(world, l, i, row, tokens):
     """Leading prefix blocks of a row that are cached and end within `tokens`: (blocks, of these idle)."""
     inst = world.instance[l, i]
@@ -125,7 +125,7 @@ def match(world, l, i, row, tokens):
     return blocks, idle
 
 
-@kernel()
+@kernel
 def hold_matched(world, l, i, r, row, blocks):
     """Let request r hold the first `blocks` prefix blocks of its row, all of them cached."""
     first = world.row[row].prefix
@@ -134,7 +134,7 @@ def hold_matched(world, l, i, r, row, blocks):
     world.req[l, r].units = blocks
 
 
-@kernel()
+@kernel
 def publish(world, l, i, r, row, tokens):
     """Share the blocks that request r has filled with `tokens` tokens of KV.
 
@@ -164,7 +164,7 @@ def publish(world, l, i, r, row, tokens):
     world.req[l, r].units = held
 
 
-@kernel()
+@kernel
 def release(world, l, i, r, row):
     """Request r lets its prefix blocks go, last to first; those nobody holds become idle and count as free."""
     inst = world.instance[l, i]
@@ -178,7 +178,7 @@ def release(world, l, i, r, row):
     world.req[l, r].units = 0
 
 
-@kernel()
+@kernel
 def clear(world, l, i, capacity):
     """Empty the cache of an instance and string `capacity` units on the spare list."""
     inst = world.instance[l, i]

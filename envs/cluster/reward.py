@@ -22,7 +22,7 @@ from servegym.envs.scenario import REWARDS
 LATENCY, GOODPUT = range(len(REWARDS))
 
 
-@kernel()
+@kernel
 def collect(lane, kind):
     """Reward that a lane has accrued since the last call; `kind` is the index of its name in REWARDS."""
     reward = -lane.cost if kind == LATENCY else lane.gain

@@ -21,7 +21,7 @@ _UNIT = 2.0**-53
 _RUNNING, _WAITING, _USAGE = range(3)
 
 
-@inlined()
+@inlined
 def mix(x, y):
     """Hash two integers to 64 bits (the output function of SplitMix64, Steele et al. 2014)."""
     z = np.uint64(x) + (np.uint64(y) + np.uint64(1)) * _GOLDEN
@@ -30,19 +30,19 @@ def mix(x, y):
     return z ^ (z >> np.uint64(31))
 
 
-@inlined()
+@inlined
 def uniform(bits):
     """Number in [0, 1) from 64 random bits."""
     return np.float64(bits >> np.uint64(11)) * _UNIT
 
 
-@inlined()
+@inlined
 def _stream(world, l, i):
     """Random bits of an instance, others in every episode that the lane plays."""
     return mix(mix(world.lane[l].seed, world.lane[l].plays), i)
 
 
-@inlined()
+@inlined
 def start_scrape(world, l, i):
     """Forget all readings: the instance is empty and time is 0."""
     inst = world.instance[l, i]
@@ -58,7 +58,7 @@ def start_scrape(world, l, i):
     inst.seen_rise = 0.0
 
 
-@inlined()
+@inlined
 def steps_done(inst, t):
     """Whole decode steps that the stretch in flight has made before time t, by linear interpolation.
 
@@ -70,13 +70,13 @@ def steps_done(inst, t):
     return min(done, inst.steps - 1)
 
 
-@inlined()
+@inlined
 def running_requests(inst):
     """Requests that the engine runs, as vLLM counts them: decoding, ending their prefill, or partly computed."""
     return inst.running + inst.fresh + (inst.part != NONE)
 
 
-@inlined()
+@inlined
 def kv_usage(world, l, i, t):
     """Fraction of the KV blocks that requests hold at time t.
 
@@ -89,7 +89,7 @@ def kv_usage(world, l, i, t):
     return (setting.blocks - inst.free + grown) / setting.blocks
 
 
-@inlined()
+@inlined
 def _read(world, l, i, tick):
     """Take the readings of one tick."""
     inst = world.instance[l, i]
@@ -108,7 +108,7 @@ def _read(world, l, i, tick):
         inst.seen_usage *= max(0.0, 1.0 + spread * (uniform(mix(bits, _USAGE)) - 0.5))
 
 
-@inlined()
+@inlined
 def scrape(world, l, i, t):
     """Settle the ticks up to time t; call it before anything about the instance changes at t.
 
@@ -126,7 +126,7 @@ def scrape(world, l, i, t):
     inst.next_scrape = tick + period
 
 
-@inlined()
+@inlined
 def look(world, l, i, t):
     """Bring the readings up to what a router has at time t."""
     if world.sensing[0].period > 0:

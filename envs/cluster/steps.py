@@ -60,7 +60,7 @@ def make_finished(world: World) -> Finished:
     return Finished(np.zeros(len(world.lane), LANE), np.zeros_like(world.req))
 
 
-@kernel()
+@kernel
 def _next_episode(world, rules, l):
     lane = world.lane[l]
     episodes = world.episode.shape[0]
@@ -69,7 +69,7 @@ def _next_episode(world, rules, l):
     return np.int64(mix(lane.seed, lane.plays) % np.uint64(episodes))
 
 
-@kernel()
+@kernel
 def begin(world, frame, rules, l):
     """Start the lane's next episode and run it to the first decision."""
     restart(world, l, _next_episode(world, rules, l))
@@ -80,7 +80,7 @@ def begin(world, frame, rules, l):
     observe_dispatch(world, frame, l)
 
 
-@kernel()
+@kernel
 def step_lane(world, frame, final, finished, out, rules, action, l):
     """Give the pending request to candidate `action`, which is legal, and run to the next decision.
 
@@ -114,7 +114,7 @@ def step_lane(world, frame, final, finished, out, rules, action, l):
             begin(world, frame, rules, l)
 
 
-@kernel()
+@kernel
 def begin_lanes(world, frame, out, rules, first, last):
     """Start the next episode of lanes first..last-1."""
     for l in range(first, last):
@@ -122,14 +122,14 @@ def begin_lanes(world, frame, out, rules, first, last):
         out.terminated[l] = out.truncated[l] = False
 
 
-@kernel()
+@kernel
 def step_lanes(world, frame, final, finished, out, rules, actions, first, last):
     """Step lanes first..last-1."""
     for l in range(first, last):
         step_lane(world, frame, final, finished, out, rules, actions[l], l)
 
 
-@kernel()
+@kernel
 def first_illegal(frame, out, rules, actions):
     """The first lane whose answer is not a legal candidate, or -1; lanes about to be reset take any."""
     for l in range(len(actions)):

@@ -222,7 +222,7 @@ class DispatchVectorEnv(VectorEnv):
             "finished": self._finished._asdict(),
             "out": self._out._asdict(),
         }
-        return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+        return {f"{part}.{name}": _plain(a) for part, arrays in parts.items() for name, a in arrays.items()}
 
     def _run(self, kernel: Any, *args: Any) -> None:
         """Run a kernel over all lanes, the first share on this thread."""
@@ -257,6 +257,11 @@ class DispatchVectorEnv(VectorEnv):
         if action > self._world.lane["instances"][lane]:
             return f"the cluster has {self._world.lane['instances'][lane]} instances; choose where mask is 1"
         return f"the request does not fit into the KV memory of instance {action - 1}; choose where mask is 1"
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same memory without a record type, as file formats want it: records become a last axis of bytes."""
+    return array if array.dtype.fields is None else array[..., None].view(np.uint8)
 
 
 def _require_positive(name: str, value: int) -> None:
