@@ -33,6 +33,7 @@ def test_arrivals_have_the_published_burstiness(name):
     good, rate = fit(name)["goodness"], fit(name)["arrival"]["rate_rps"]
     span_s = 21_600 if name.startswith("servegen") else 2_100
     runs = [generate(name, int(rate * span_s), seed=seed).arrived_at_s for seed in range(8)]
+    assert np.mean([len(a) / a[-1] for a in runs]) == pytest.approx(rate, rel=0.15)
     assert np.mean([cv(a) for a in runs]) == pytest.approx(good["cv"]["generated"], rel=0.08)
     for bin_s in (1, 10):
         got = np.mean([dispersion(a, bin_s) for a in runs])
@@ -184,6 +185,22 @@ def test_lengths_are_near_the_trace_they_were_fitted_on(name, shared_traces):
     good = fit(name)["goodness"]
     assert ks_2samp(w.prompt_tokens, trace.prompt_tokens).statistic < good["ks_prompt"] + 0.02
     assert ks_2samp(w.output_tokens, trace.output_tokens).statistic < good["ks_output"] + 0.02
+
+
+def test_sessions_are_near_the_traces_they_were_fitted_on(shared_traces):
+    agents = load(shared_traces / "train" / "weka_agentic.parquet", rate_rps=1.0, zero_output="drop")
+    w = generate("weka_agentic", 30_000, seed=4)
+    good = fit("weka_agentic")["goodness"]
+    assert ks_2samp(w.prompt_tokens, agents.prompt_tokens).statistic < good["ks_prompt"] + 0.04
+    assert ks_2samp(w.output_tokens, agents.output_tokens).statistic < good["ks_output"] + 0.02
+    gaps = [x.gap_s[x.after >= 0] for x in (w, agents)]
+    assert ks_2samp(*gaps).statistic < 0.1  # the recorded ones are whole seconds
+
+    chats = load(shared_traces / "train" / "sharegpt_turns.parquet", rate_rps=1.0)
+    w = generate("sharegpt_turns", 30_000, seed=4)
+    good = fit("sharegpt_turns")["goodness"]
+    assert ks_2samp(w.prompt_tokens, chats.prompt_tokens).statistic < good["ks_prompt"] + 0.02
+    assert ks_2samp(w.output_tokens, chats.output_tokens).statistic < good["ks_output"] + 0.02
 
 
 def cv(arrived):

@@ -148,6 +148,20 @@ def test_a_cut_session_does_not_warm_its_own_past(tmp_path):
         assert len(np.unique(w.prefix_ids[w.session == session])) == 1
 
 
+def test_a_turn_that_begins_otherwise_does_not_name_the_output(tmp_path):
+    path = parquet(
+        tmp_path,
+        {"block_tokens": "16"},
+        prompt_tokens=[32, 80, 16],
+        output_tokens=[20, 5, 1],
+        session_id=[4, 4, 5],
+        prefix_hash_ids=[[5, 6], [5, 7, 8, 9, 10], [5]],
+    )
+    w = load(path)
+    assert [ids(w, row) for row in range(3)] == [[0, 1], [0, 2, 3, 4, 5], [0]]
+    assert w.turn.tolist() == [0, 1, 0]
+
+
 def test_unknown_gaps_are_drawn(tmp_path):
     n = 400
     path = parquet(
