@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 from servegym.envs.costs.profile import Device, Geometry
 from servegym.errors import InputError
 
@@ -31,6 +35,30 @@ GEOMETRIES = {
         head_dim=128,
         vocabulary=128256,
         parameters=70_553_706_496,
+        bytes_per_value=2,
+    ),
+    "qwen3-8b": Geometry(
+        name="Qwen3-8B",
+        layers=36,
+        hidden=4096,
+        intermediate=12288,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        vocabulary=151936,
+        parameters=8_190_735_360,
+        bytes_per_value=2,
+    ),
+    "qwen3-32b": Geometry(
+        name="Qwen3-32B",
+        layers=64,
+        hidden=5120,
+        intermediate=25600,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        vocabulary=151936,
+        parameters=32_762_123_264,
         bytes_per_value=2,
     ),
     "llama-7b": Geometry(
@@ -71,8 +99,46 @@ def geometry(name: str) -> Geometry:
     return found
 
 
+def geometry_of_run(folder: Path, engine: dict[str, Any]) -> Geometry:
+    """The geometry of the run's model: by name, else from a Hugging Face config.json in the folder.
+
+    Raises:
+        InputError: for an unknown model without a config.json, or one that lacks a field.
+    """
+    name = engine.get("model") or (engine.get("engine_kwargs") or {}).get("model")
+    if not isinstance(name, str):
+        raise InputError(folder / "engine.json", "model", name, "must be the model's name")
+    path = folder / "config.json"
+    if not path.is_file():
+        return geometry(name)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        hidden, layers, heads = (
+            int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
+        kv_heads, wide = int(config["num_key_value_heads"]), int(config["intermediate_size"])
+        vocabulary = int(config["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(path, "config", str(error), "needs the fields of a Hugging Face config") from error
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    attention = 2 * hidden * (heads + kv_heads) * head_dim
+    embeddings = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
+    return Geometry(
+        name=name.rsplit("/", 1)[-1],
+        layers=layers,
+        hidden=hidden,
+        intermediate=wide,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=vocabulary,
+        parameters=layers * (attention + 3 * hidden * wide) + embeddings,
+        bytes_per_value=2,
+    )
+
+
 def engine_defaults(memory_bytes: int) -> tuple[int, int]:
-    """vLLM v1's default (token budget, sequences) for a device."""
+    """The default (token budget, sequences) of vLLM v1 for a device."""
     return (8192, 1024) if memory_bytes >= 70 * GIB else (2048, 256)
 
 
