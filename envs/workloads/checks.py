@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import NoReturn
 
 import numpy as np
@@ -67,9 +68,9 @@ def check_positive(where: str, field: str, value: float) -> float:
 
 def check_whole(where: str, field: str, value: int, least: int) -> int:
     """Return `value`; refuse anything but a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(where, field, value, f"must be a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def check_at_least_zero(where: str, field: str, value: float) -> float:

@@ -52,8 +52,9 @@ def generate(name: str, requests: int, *, rate_rps: float | None = None, seed: i
     Args:
         name: a name in GENERATORS, for example `azure2023_conv`, `llumnix:128-128` or `fixed:1024-256`.
         requests: number of rows, at least 1.
-        rate_rps: mean of the arrival process in requests/s; None takes the fitted rate (1 for sources
-            without clock time).
+        rate_rps: base rate of the arrival process in requests/s; None takes the fitted one (1 for sources
+            without clock time). A short window lies above or below it, as one of the trace would: use
+            `scale_rate` for an exact mean.
         seed: seed of all draws.
 
     Raises:

@@ -180,7 +180,10 @@ def _check_prefixes(w: Workload) -> None:
         return
     if block < 1:
         raise InputError(w.name, "prefix_block_tokens", block, "prefix ids need their block size")
-    check_rows(w.name, "prefix_ids", ids, ids < 0, "ids are >= 0")
+    negative = np.flatnonzero(ids < 0)
+    if negative.size:
+        row = int(np.searchsorted(offsets, negative[0], side="right")) - 1
+        raise InputError(w.name, f"prefix_ids, row {row}", int(ids[negative[0]]), "ids are at least 0")
     full = (w.prompt_tokens.astype(np.int64) + w.output_tokens) // block
     owned = np.diff(offsets)
     check_rows(w.name, "prefix_ids", owned, owned > full, "more ids than prompt + output have full blocks")

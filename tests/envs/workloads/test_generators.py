@@ -70,6 +70,11 @@ def test_agents_have_the_published_sessions():
     tool, user = good["gap_median_after_tool_call_s"], good["gap_median_after_end_of_turn_s"]
     assert tool["trace"] < np.median(gaps) < user["trace"]
     assert w.rate_rps == pytest.approx(1.0, rel=0.01)
+    shrunk = np.flatnonzero((w.after >= 0) & (w.prompt_tokens < w.prompt_tokens[w.after]))
+    assert 0.004 < len(shrunk) / len(w) < 0.016  # 0.0088 in the trace
+    for row in shrunk:
+        now, last = (w.prefix_ids[w.prefix_offsets[r] : w.prefix_offsets[r + 1]] for r in (row, w.after[row]))
+        assert not np.intersect1d(now[25:], last).size  # compaction keeps the system prompt at most
 
 
 def test_chats_have_the_published_turns():
@@ -90,6 +95,7 @@ def test_llumnix_lengths_follow_the_power_law(mean, alpha):
     rank = np.arange(1, 2 * mean)
     p = rank**-alpha / (rank**-alpha).sum()
     length = np.minimum(np.ceil(rank * mean / (p * rank).sum()), 6144)
+    assert np.isin(w.output_tokens, length).all()
     expected, spread = (p * length).sum(), np.sqrt((p * length**2).sum())
     assert abs(w.output_tokens.mean() - expected) < 4 * spread / np.sqrt(len(w))
     assert cv(w.arrived_at_s) == pytest.approx(4, rel=0.05)
@@ -145,6 +151,11 @@ def check_chains(w):
         assert len(ids) >= w.prompt_tokens[row] // w.prefix_block_tokens
         for last, block in zip([-1, *ids], ids, strict=False):
             assert before.setdefault(block, last) == last
+
+
+def test_numpy_numbers_are_numbers():
+    w = generate("fixed:8-8", np.int64(3), rate_rps=np.float32(2), seed=np.uint32(1))
+    assert len(w) == 3
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,8 @@ def test_unknown_columns_are_filled():
         (blocks([0, 1, 1], [0]), "prefix_offsets"),
         (blocks([0, 2, 1, 2], [0, 1]), "prefix_offsets"),
         ({"prefix_offsets": [0, 1, 1, 1], "prefix_ids": [0]}, "prefix_block_tokens"),
-        (
-            {"prefix_offsets": [0, 1, 1, 1], "prefix_ids": [-7], "prefix_block_tokens": 16},
-            "prefix_ids, row 0",
-        ),
-        (
-            {"prefix_offsets": [0, 0, 0, 4], "prefix_ids": range(4), "prefix_block_tokens": 16},
-            "prefix_ids, row 2",
-        ),
+        (blocks([0, 2, 2, 3], [0, 1, -7]), "prefix_ids, row 2"),
+        (blocks([0, 0, 0, 4], [0, 1, 2, 3]), "prefix_ids, row 2"),
     ],
 )
 def test_every_broken_rule_is_named(change, field):
