@@ -56,12 +56,7 @@ def check_sorted(name: str, column: str, seconds: np.ndarray) -> None:
 
 def check_positive(where: str, field: str, value: float) -> float:
     """Return `value` as a float; refuse anything but a finite number above 0."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise InputError(where, field, value, "must be a finite number above 0")
     return float(value)
 
