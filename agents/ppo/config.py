@@ -17,8 +17,8 @@ class PPOConfig:
     """Decisions of each lane between two updates."""
     batch_size: int = 2048
     """Decisions of a minibatch."""
-    n_epochs: int = 3
-    """Passes over a roll-out."""
+    n_epochs: int = 2
+    """Passes over a roll-out; the model of the cluster is so fast that fresh decisions beat old ones."""
     learning_rate: float = 1e-3
     """Step size of Adam at the start."""
     anneal: bool = True
@@ -37,7 +37,7 @@ class PPOConfig:
     """Bound on the gradient's norm."""
     target_kl: float = 0.03
     """No further epoch once the approximate KL divergence of one exceeds this; 0 never stops."""
-    num_threads: int = 1
+    num_threads: int = 2
     """Threads of an update, each with a share of every minibatch; part of the result's bits."""
 
     def __post_init__(self) -> None:

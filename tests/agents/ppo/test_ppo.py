@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from servegym.agents.ppo import PPO, PPOConfig
 from servegym.errors import InputError
 
-SMALL = PPOConfig(n_steps=16, batch_size=128, learning_rate=5e-3, beta=0.5, num_threads=1)
+SMALL = PPOConfig(n_steps=16, batch_size=128, n_epochs=3, learning_rate=5e-3, beta=0.5, num_threads=1)
 
 
 def weights(model):
