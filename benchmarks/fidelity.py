@@ -141,7 +141,9 @@ def peer_errors(folder: Path) -> Errors | None:
 def compare(folder: Path) -> dict[str, object]:
     """Replay one run and print its table."""
     if not folder.is_dir():
-        raise InputError(folder, "folder", str(folder), "no such folder; give one with requests.parquet and kernels/")
+        raise InputError(
+            folder, "folder", str(folder), "no such folder; give one with requests.parquet and kernels/"
+        )
     run = read_run(folder)
     columns = (np.asarray(run[name]) for name in (*TIMES, "output_tokens"))
     measured = metrics(*columns)

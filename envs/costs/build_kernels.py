@@ -1,28 +1,37 @@
 """A profile from tables of single kernels: GEMM, prefill attention, decode attention, collectives.
 
-The folder holds gemm, context_attention, generation_attention, custom_allreduce and nccl .parquet files with the
-columns of aiconfigurator's databases (NVIDIA, Apache-2.0); latency_ms is milliseconds a call.
+The folder holds gemm, context_attention, generation_attention, custom_allreduce and nccl .parquet files with
+the columns of aiconfigurator's databases (NVIDIA, Apache-2.0); latency_ms is milliseconds a call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from servegym.envs.costs.fitting import (
+    as_curve,
+    as_surface,
+    between,
+    grid,
+    left_out,
+    power_law,
+    relative_error,
+)
 from servegym.envs.costs.geometry import DEVICES, engine_defaults, geometry, kv_blocks
-from servegym.envs.costs.held_out import relative_error
-from servegym.envs.costs.profile import Curve, Geometry, Profile, Provenance, Surface, extended
+from servegym.envs.costs.profile import Curve, Error, Geometry, Profile, Provenance, Surface, extended
+from servegym.envs.costs.typical import typical_links
 from servegym.errors import InputError
 
-TOKEN_KNOTS = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-TOKEN_KNOTS += (2560, 3072, 4096, 8192, 16384)
-CHUNK_KNOTS = (0, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
+TOKEN_KNOTS = tuple(2**k for k in range(16))
+CHUNK_END = 32768
 PAST_KNOTS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-CONTEXT_KNOTS = (0, 16, 64, 256, 1024, 4096, 16384, 65536)
-# A small kernel inside a CUDA graph: the floor of norm, rotary, activation and cache write on two measured GPUs.
+MIN_CONTEXT = 64  # shorter contexts cost the launch
+# Norm, rotary, activation and cache write of few tokens: the floor of such kernels on two measured GPUs.
 SMALL_KERNEL_US = 2.0
 BANDWIDTH_EFFICIENCY = 0.8  # of the data sheet's, in element-wise kernels
 
@@ -32,6 +41,11 @@ class Kernels:
 
     def __init__(self, folder: Path, system: str) -> None:
         self.folder, self.system = folder, system
+        self.versions: set[str] = set()
+
+    def version(self) -> str:
+        """Version of the engine whose GEMM was measured."""
+        return ", ".join(sorted(self.versions)) or "unknown"
 
     def rows(self, table: str, columns: list[str], **equal: object) -> np.ndarray:
         """Structured rows (columns..., us) with the fastest kernel for each key.
@@ -58,6 +72,8 @@ class Kernels:
         us = data["latency_ms"].to_numpy().astype(float) * 1e3
         if not (np.isfinite(us) & (us > 0)).all():
             raise InputError(path, "latency_ms", float(us[~(us > 0)][0]), "must be positive and finite")
+        if "source_version" in data.column_names:
+            self.versions |= set(data["source_version"].to_pylist()) if table == "gemm" else set()
         unique, which = np.unique(keys, axis=0, return_inverse=True)
         fastest = np.full(len(unique), np.inf)
         np.minimum.at(fastest, which.ravel(), us)
@@ -86,7 +102,7 @@ class Gemm:
         return _between(n, self._outer(k), lambda i: self.shapes[i, k])
 
 
-def _between(x: int, axis: list[int], value) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _between(x: int, axis: list[int], value: Callable[[int], np.ndarray]) -> np.ndarray:
     """Linear between the neighbours of x on the axis; proportional to x beyond its end."""
     if x >= axis[-1]:
         return value(axis[-1]) * (x / axis[-1])
@@ -114,19 +130,13 @@ def build_from_kernels(
     device, bandwidth = DEVICES[system]
     kernels = Kernels(Path(folder), system)
     gemm = Gemm(kernels.rows("gemm", ["m", "n", "k"], gemm_dtype="bfloat16"))
-    linear, head = _linear(gemm, shape, tp, bandwidth), _head(gemm, shape, tp)
-    decode, floor, decode_error = _decode(kernels, shape, tp)
-    prefill, prefill_error = _prefill(kernels, shape, tp, decode, floor)
+    linear, head = _linear(gemm, shape, tp, bandwidth), gemm(shape.vocabulary // tp, shape.hidden)
+    attention, floor, errors = _attention(kernels, shape, tp)
     budget, sequences = engine_defaults(device.memory_bytes)
-    knots = [i for i, m in enumerate(gemm.m) if m in TOKEN_KNOTS]
-    kept = Curve(tuple(gemm.m[knots].tolist()), _round(linear[knots]))
-    kept_head = Curve(tuple(gemm.m[knots].tolist()), _round(head[knots]))
-    others = np.setdiff1d(np.arange(len(gemm.m)), knots)
     held_out = {
-        "linear": relative_error(kept(gemm.m[others]), linear[others]),
-        "head": relative_error(kept_head(gemm.m[others]), head[others]),
-        "prefill_attention": prefill_error,
-        "decode_attention": decode_error,
+        "linear": relative_error(*left_out(gemm.m, linear)),
+        "head": relative_error(*left_out(gemm.m, head)),
+        **errors,
     }
     return Profile(
         name or f"{system.split('_')[0]}-{model.lower()}" + (f"-tp{tp}" if tp > 1 else ""),
@@ -138,17 +148,31 @@ def build_from_kernels(
         token_budget=budget,
         max_seqs=sequences,
         overhead_us=round(floor * shape.layers, 2),
-        linear=kept,
+        linear=as_curve(gemm.m, linear),
+        head=as_curve(gemm.m, head),
         collective=_collective(kernels, shape, tp),
-        head=kept_head,
-        prefill_attention=prefill,
-        decode_attention=decode,
-        provenance=Provenance("aiconfigurator-core 0.12.0", "vLLM kernels", "2026", held_out),
+        **attention,
+        **typical_links(device.name, shape, tp),
+        provenance=Provenance(
+            f"kernel tables of aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0), {system}",
+            f"vLLM {kernels.version()}",
+            "2026",
+            held_out,
+            _NOTES,
+        ),
     )
 
 
-def _round(us: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(f"{value:.5g}") for value in us)
+_NOTES = (
+    "held-out errors leave every other measured point out; the profile keeps all points. batched_prefill: whole "
+    "prompts in one launch against their sum",
+    "overhead is the launch floor of attention; kernels are back to back and the host is hidden, as with CUDA "
+    "graphs and asynchronous scheduling",
+    "norms, rotary, activation and cache write: 2 us a kernel plus bytes at 0.8 of the data sheet's bandwidth",
+    "attention of a chunk after a prefix: the whole prompt's time by its share of the work, at least one pass "
+    "over the keys",
+    "batches of unequal contexts and decodes beside a prefill were not measured: no skew, and their costs add up",
+)
 
 
 def _linear(gemm: Gemm, shape: Geometry, tp: int, bandwidth: float) -> np.ndarray:
@@ -159,84 +183,45 @@ def _linear(gemm: Gemm, shape: Geometry, tp: int, bandwidth: float) -> np.ndarra
     layer = layer + gemm(2 * wide, shape.hidden) + gemm(shape.hidden, wide)
     # Two norms with residual (read 2, write 2), rotary and cache write, gated activation (read 2, write 1).
     values = 2 * 4 * shape.hidden + 2 * heads + heads + 3 * wide
-    small = (
-        5 * SMALL_KERNEL_US
-        + gemm.m * values * shape.bytes_per_value / (bandwidth * BANDWIDTH_EFFICIENCY) * 1e6
-    )
-    return shape.layers * (layer + small)
+    memory_s = gemm.m * values * shape.bytes_per_value / (bandwidth * BANDWIDTH_EFFICIENCY)
+    return shape.layers * (layer + 5 * SMALL_KERNEL_US + memory_s * 1e6)
 
 
-def _head(gemm: Gemm, shape: Geometry, tp: int) -> np.ndarray:
-    return gemm(shape.vocabulary // tp, shape.hidden)
-
-
-def _decode(kernels: Kernels, shape: Geometry, tp: int) -> tuple[Surface, float, object]:
-    """Decode attention above the launch floor, all layers; the floor of one layer; the error."""
-    rows = kernels.rows("generation_attention", ["batch_size", "step"], **_heads(shape, tp))
-    batches = np.unique(rows[:, 0]).astype(int)
-    floor = float(rows[:, 2].min())
-    surface, predicted, measured = [], [], []
-    for batch in batches:
-        part = rows[rows[:, 0] == batch]
-        context, us = part[:, 1] + 1, part[:, 2] - floor
-        keep = np.isin(context, CONTEXT_KNOTS)
-        at, us_at = context[keep], us[keep]
-        line = np.concatenate([[us_at[0]], us_at]), np.concatenate([[0], at])
-        surface.append(extended(line[1], line[0], np.asarray(CONTEXT_KNOTS)))
-        predicted.append(extended(line[1], line[0], context[~keep]) + floor)
-        measured.append(us[~keep] + floor)
-    us = shape.layers * np.asarray(surface)
-    table = Surface(
-        (0, *batches.tolist()),
-        CONTEXT_KNOTS,
-        (tuple([0.0] * len(CONTEXT_KNOTS)), *(_round(row) for row in us)),
-    )
-    return table, floor, relative_error(np.concatenate(predicted), np.concatenate(measured))
-
-
-def _heads(shape: Geometry, tp: int) -> dict[str, object]:
-    return {
+def _attention(
+    kernels: Kernels, shape: Geometry, tp: int
+) -> tuple[dict[str, Surface], float, dict[str, Error]]:
+    """Prefill and decode attention above the launch floor, all layers; the floor of one layer; the errors."""
+    heads = {
         "num_heads": shape.heads // tp,
         "num_key_value_heads": shape.kv_heads // tp,
         "head_dim": shape.head_dim,
         "kv_cache_dtype": "bfloat16",
     }
-
-
-def _prefill(
-    kernels: Kernels, shape: Geometry, tp: int, decode: Surface, floor: float
-) -> tuple[Surface, object]:
-    """Prefill attention above the launch floor, all layers, and its error on batches of prompts.
-
-    Only whole prompts are measured. Of a prompt of `chunk + past` tokens the chunk does
-    ((chunk + past)^2 - past^2) / (chunk + past)^2 of the work, and never less than one pass over its keys.
-    """
-    rows = kernels.rows("context_attention", ["batch_size", "isl"], step=0, **_heads(shape, tp))
-    single = rows[rows[:, 0] == 1]
-    whole = PowerLaw(single[:, 1], np.maximum(single[:, 2] - floor, 1e-3))
-    table = []
-    for chunk in CHUNK_KNOTS:
-        total = np.asarray(PAST_KNOTS, dtype=float) + chunk
-        if chunk == 0:
-            table.append(np.zeros(len(total)))
-            continue
-        share = 1 - (np.asarray(PAST_KNOTS) / total) ** 2
-        pass_over_keys = extended(np.asarray(decode.columns), np.asarray(decode.us[1]), total) / shape.layers
-        table.append(np.maximum(whole(total) * share, pass_over_keys))
-    batched = rows[rows[:, 0] > 1]
-    predicted = batched[:, 0] * whole(batched[:, 1]) + floor
-    surface = Surface(CHUNK_KNOTS, PAST_KNOTS, tuple(_round(shape.layers * row) for row in table))
-    return surface, relative_error(predicted, batched[:, 2])
-
-
-class PowerLaw:
-    """Interpolation in logarithms, exact for monomials; the last two points' power beyond the end."""
-
-    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
-        self.x, self.y = np.log(x), np.log(y)
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        return np.exp(extended(self.x, self.y, np.log(np.asarray(x, dtype=float))))
+    rows = kernels.rows("generation_attention", ["batch_size", "step"], **heads)
+    batches, contexts, decode = grid(rows[:, 0], rows[:, 1] + 1, rows[:, 2])
+    floor = float(rows[:, 2].min())
+    prompts = kernels.rows("context_attention", ["batch_size", "isl"], step=0, **heads)
+    single, batched = prompts[prompts[:, 0] == 1], prompts[prompts[:, 0] > 1]
+    isl, whole = single[:, 1], single[:, 2] - floor
+    pairs = [left_out(contexts, row) for row in decode]
+    errors = {
+        "decode_attention": relative_error(*(np.concatenate(side) for side in zip(*pairs, strict=True))),
+        "prefill_attention": relative_error(*left_out(isl, whole, power_law, floor)),
+        "batched_prefill": relative_error(
+            batched[:, 0] * power_law(isl, whole, batched[:, 1]) + floor, batched[:, 2]
+        ),
+    }
+    chunks = between(isl, CHUNK_END)
+    total = chunks[:, None] + np.asarray(PAST_KNOTS)
+    share = 1 - (np.asarray(PAST_KNOTS) / total) ** 2
+    pass_over_keys = extended(contexts, decode[0] - floor, total)
+    prefill = np.maximum(power_law(isl, whole, total) * share, pass_over_keys)
+    keep = contexts >= MIN_CONTEXT
+    surfaces = {
+        "decode_attention": as_surface(batches, contexts[keep], shape.layers * (decode[:, keep] - floor)),
+        "prefill_attention": as_surface(chunks, np.asarray(PAST_KNOTS), shape.layers * prefill),
+    }
+    return surfaces, floor, errors
 
 
 def _collective(kernels: Kernels, shape: Geometry, tp: int) -> Curve | None:
@@ -247,4 +232,4 @@ def _collective(kernels: Kernels, shape: Geometry, tp: int) -> Curve | None:
     nccl = kernels.rows("nccl", ["message_size"], num_gpus=tp, op_name="all_reduce", nccl_dtype="half")
     size = np.asarray(TOKEN_KNOTS) * shape.hidden
     us = np.minimum(*(extended(rows[:, 0], rows[:, 1], size) for rows in (custom, nccl)))
-    return Curve(TOKEN_KNOTS, _round(2 * shape.layers * np.maximum.accumulate(us)))
+    return as_curve(np.asarray(TOKEN_KNOTS), 2 * shape.layers * np.maximum.accumulate(us))

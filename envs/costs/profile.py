@@ -160,7 +160,7 @@ class Profile:
     block_tokens: int = number(1)
     token_budget: int = number(1)
     max_seqs: int = number(1)
-    overhead_us: float = number(0.0)
+    overhead_us: float = number(0.0, default=0.0)
     linear: Curve = field(kw_only=True)
     collective: Curve | None = field(kw_only=True, default=None)
     head: Curve = field(kw_only=True)

@@ -6,11 +6,13 @@ import dataclasses
 import math
 import types
 import typing
+from functools import cache
 from typing import Any, TypeVar
 
 from servegym.errors import InputError
 
 T = TypeVar("T")
+_type_hints = cache(typing.get_type_hints)  # evaluates source text, most of the time of a read
 
 
 def number(low: float, high: float = math.inf, **options: Any) -> Any:
@@ -31,7 +33,7 @@ def read_dataclass(cls: type[T], data: Any, where: object, path: str = "") -> T:
     for key in data:
         if key not in fields:
             raise InputError(where, f"{dot}{key}", key, f"unknown field; known: {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     values = {}
     for name, item in fields.items():
         if name in data:
