@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from servegym.envs.cluster.kernel import kernel
+from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.lane import AGENT, END, advance, dispatch, restart
 from servegym.envs.cluster.observe import copy_frame, observe_dispatch, observe_end, start_frame
 from servegym.envs.cluster.reward import collect
@@ -80,7 +80,7 @@ def begin(world, frame, rules, l):
     observe_dispatch(world, frame, l)
 
 
-@kernel
+@inlined
 def step_lane(world, frame, final, finished, out, rules, action, l):
     """Give the pending request to candidate `action`, which is legal, and run to the next decision.
 
