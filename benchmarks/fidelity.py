@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "fidelity"
 TIMES = ("queued_s", "first_token_s", "last_token_s")
 COUNTS = ("prompt_tokens", "output_tokens")
 BLOCK_TOKENS = 16
-STATISTICS = {"mean": np.mean, "p99": lambda values: np.percentile(values, 99)}
+STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
+    "mean": lambda values: float(np.mean(values)),
+    "p99": lambda values: float(np.percentile(values, 99)),
+}
 
 Metrics = dict[str, np.ndarray]
 Errors = dict[str, dict[str, float]]
@@ -52,7 +56,7 @@ def read_run(folder: Path) -> dict[str, list]:
 
 
 def workload_of(folder: Path, run: dict[str, list]) -> Workload:
-    """The run's requests; generated blocks get ids of their own, so that a preempted request may find them."""
+    """The run's requests; generated blocks get ids of their own, which a preempted request may hit."""
     known = run.get("prefix_hash_ids") or [[]] * len(run["queued_s"])
     fresh = 1 + max((max(ids) for ids in known if ids), default=-1)
     ids: list[int] = []

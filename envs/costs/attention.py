@@ -1,8 +1,8 @@
 """Attention of prefill, of decodes, and of both in one kernel, from measured grids.
 
 A joint launch costs prefill + mixed decodes + launch * decodes * chunk tokens: decodes beside a prefill are
-not split over the device, and for every decode there are as many thread blocks as the longest chunk has tiles,
-which return at once. Both effects are measured, not assumed; their form is checked on left-out chunks.
+not split over the device, and every decode gets as many thread blocks as the longest chunk has tiles, all but
+one of which return at once. Both effects are measured; their form is checked on left-out chunks.
 """
 
 from __future__ import annotations

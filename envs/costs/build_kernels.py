@@ -164,14 +164,14 @@ def build_from_kernels(
 
 
 _NOTES = (
-    "held-out errors leave every other measured point out; the profile keeps all points. batched_prefill: whole "
-    "prompts in one launch against their sum",
-    "overhead is the launch floor of attention; kernels are back to back and the host is hidden, as with CUDA "
-    "graphs and asynchronous scheduling",
-    "norms, rotary, activation and cache write: 2 us a kernel plus bytes at 0.8 of the data sheet's bandwidth",
-    "attention of a chunk after a prefix: the whole prompt's time by its share of the work, at least one pass "
-    "over the keys",
-    "batches of unequal contexts and decodes beside a prefill were not measured: no skew, and their costs add up",
+    "held-out errors leave every other measured point out; the profile keeps all points",
+    "batched_prefill: attention of equal prompts in one launch against the sum of single ones",
+    "overhead is the launch floor of attention; kernels follow each other and the host is hidden, as with "
+    "CUDA graphs and asynchronous scheduling",
+    "norms, rotary, activation, cache write: 2 us a kernel plus bytes at 0.8 of the data sheet's bandwidth",
+    "attention of a chunk after a prefix: the whole prompt's time by its share of the work, at least one "
+    "pass over the keys",
+    "unequal contexts and decodes beside a prefill were not measured: no skew, and their costs add up",
 )
 
 

@@ -1,7 +1,7 @@
 """A profile from one layer's kernels, measured inside vLLM on the device that it is for.
 
-The folder holds engine.json, hardware.json and kernels/{dense,per_sequence,attention,skew}.csv as LLMServingSim's
-profiler writes them (casys-kaist/LLMServingSim, MIT). Nothing is taken from a run's request log.
+The folder holds engine.json, hardware.json and kernels/{dense,per_sequence,attention,skew}.csv as the
+profiler of LLMServingSim writes them (casys-kaist/LLMServingSim, MIT). Nothing is taken from a run's request log.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def build_from_run(folder: str | Path, *, name: str = "") -> Profile:
 
 _NOTES = (
     "held-out errors leave every other measured point out; the profile keeps all points",
-    "overhead is the launch floor of attention; kernels are back to back and the host is hidden, as with CUDA "
-    "graphs and asynchronous scheduling",
-    "skew is the median over batches of which an eighth to a quarter is long: such two-point batches have the "
-    "standard deviation of chat batches, a third to a half of the distance from mean to longest",
+    "overhead is the launch floor of attention; kernels follow each other and the host is hidden, as with "
+    "CUDA graphs and asynchronous scheduling",
+    "skew is the median over batches of which an eighth to a quarter is long: such two-point batches have "
+    "the spread of chat batches, a standard deviation of a third to a half of longest - mean",
     "beyond the measured range (2048 tokens, 256 sequences) the curves go on as lines",
 )
 
@@ -100,7 +100,7 @@ def tensor_parallel(folder: Path, engine: dict[str, Any]) -> int:
 
 
 def run_blocks(engine: dict[str, Any]) -> int | None:
-    """Usable KV blocks of the run, one less than vLLM allots: block 0 is its null block. None: not recorded."""
+    """Usable KV blocks of the run: what vLLM allots less its null block; None where it is not recorded."""
     blocks = (engine.get("kv_cache") or {}).get("num_gpu_blocks")
     return None if blocks is None else int(blocks) - 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def widened(at: np.ndarray, us: np.ndarray, end: int) -> tuple[np.ndarray, np.nd
 def between(at: np.ndarray, end: int) -> np.ndarray:
     """The points of `at`, one more between neighbours a third or more apart, and doublings up to `end`."""
     points = set(at.tolist())
-    for low, high in zip(at, at[1:], strict=False):
+    for low, high in pairwise(at):
         if low and high > 1.3 * low:
             points.add(round(float(np.sqrt(low * high))))
     last = int(at[-1])

@@ -1,7 +1,7 @@
 """LLaMA-7B on A10 from the figures that Llumnix (OSDI'24) published, for comparison with that system.
 
-Figure 10 of the artifact gives, for requests of 256 to 8192 tokens of which as many run as hold 8192 in all, the
-time of a decode step and of a prefill (recompute); the copy of a request over the network is fitted to a line.
+Figure 10 gives, for requests of 256 to 8192 tokens, the time of a decode step and of a prefill (recompute);
+the copy of a request over the network is fitted to a line.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def _profile(
 ) -> Profile:
     model = geometry("llama-7b")
     start, linear, quadratic = (max(x, 0.0) * 1e3 for x in prefill_ms)
-    knee = int(
-        (fixed_us - start) / linear
-    )  # below it a pass over the weights takes longer than the arithmetic
+    knee = int((fixed_us - start) / linear)  # up to here the weights' pass takes longer than arithmetic
     tokens = np.asarray([1, knee, 16384])
     batches, contexts = np.asarray([0, 1, 1024]), np.asarray([0, 8192])
     chunks = np.asarray([0, *(2**k for k in range(6, 15))])
@@ -75,13 +73,13 @@ def _profile(
         ),
         provenance=Provenance(
             "Llumnix, OSDI'24, figure 10 and its artifact (alibaba/llm-scheduling-artifact)",
-            "vLLM 0.1 to 0.2 as of the paper",
+            "vLLM as in the Llumnix artifact",
             "2024",
             held_out,
             (
-                "a decode step: fixed time, time a sequence, KV bytes at the data sheet's 600 GB/s; the lengths "
+                "a decode step: fixed time, time a sequence, KV bytes at the data sheet's 600 GB/s; lengths "
                 "256, 1024 and 4096 are fitted, 512, 2048 and 8192 held out",
-                "the batch of the decode measurement (8192 tokens in all) is read from the paper's text, not from data",
+                "assumed: the decode batch of the figure holds 8192 tokens in all, whatever their length",
                 "no swap: the figures hold none",
             ),
         ),

@@ -29,11 +29,11 @@ def read_dataclass(cls: type[T], data: Any, where: object, path: str = "") -> T:
     if not isinstance(data, dict):
         raise InputError(where, path or "file", type(data).__name__, "must be a JSON object")
     dot = f"{path}." if path else ""
-    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore
     for key in data:
         if key not in fields:
             raise InputError(where, f"{dot}{key}", key, f"unknown field; known: {', '.join(fields)}")
-    hints = _type_hints(cls)
+    hints = _type_hints(cls)  # type: ignore[arg-type]
     values = {}
     for name, item in fields.items():
         if name in data:

@@ -6,12 +6,12 @@ from typing import Any
 
 from servegym.envs.costs.profile import Geometry, Link, Start
 
-# Host link, bytes/s one way. H100, H200: 50 GB/s measured at 2 MB blocks (vLLM blog, 2026-01); the others 0.8 of
-# PCIe 4 or 5 x16 (32, 64 GB/s). About 10 us a copy (FastSwitch, arXiv 2411.18424).
+# Host link, bytes/s one way. H100, H200: 50 GB/s measured at 2 MB blocks (vLLM blog, 2026-01); the others 0.8
+# of PCIe 4 or 5 x16 (32, 64 GB/s). About 10 us a copy (FastSwitch, arXiv 2411.18424).
 _HOST = (("H100", 50e9), ("H200", 50e9), ("B200", 50e9), ("RTX PRO 6000", 51e9), ("", 25.6e9))
-# Replica to replica, bytes/s of one GPU's share, nominal InfiniBand; RTX and L40S hosts: 25 GB/s Ethernet or less.
+# Replica to replica, bytes/s of one GPU, nominal InfiniBand; RTX and L40S hosts: 100 Gb/s Ethernet.
 _NETWORK = (("H100", 50e9), ("H200", 50e9), ("B200", 50e9), ("A100", 25e9), ("", 12.5e9))
-_COPY_S, _MESSAGE_S = 10e-6, 0.5e-3  # 0.5 ms a transfer: Mooncake, prefill to decode over 8 ConnectX-7
+_COPY_S, _MESSAGE_S = 10e-6, 0.5e-3  # 0.5 ms a transfer: Mooncake, prefill to decode
 # Llama-2-7b (13.5 GB) on A100, 43 to 51 s in all (arXiv 2606.07362); weights go with their size.
 _WEIGHTS_S_PER_BYTE = 7.5 / 13.5e9
 
