@@ -103,10 +103,15 @@ def load_scenario(name_or_path: str) -> Scenario:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(path, "TOML", str(error), "mend the syntax") from error
-    return _scenario(path, {"name": path.stem, **raw})
+    return read_scenario(path, {"name": path.stem, **raw})
 
 
-def _scenario(path: Path, raw: dict[str, Any]) -> Scenario:
+def read_scenario(path: Path, raw: dict[str, Any]) -> Scenario:
+    """A scenario from plain data, as TOML or `dataclasses.asdict` give it; errors name `path`.
+
+    Raises:
+        InputError: for unknown and ill-typed fields.
+    """
     values = _typed(path, Scenario, raw)
     if "slo" in values:
         values["slo"] = _slo(path, "slo", values["slo"])

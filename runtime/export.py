@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from servegym import __version__
+from servegym.agents.policy import Policy
 from servegym.envs.cluster import schema
 from servegym.errors import InputError
 from servegym.models import numpy_policy
@@ -182,9 +183,10 @@ def _write_graph(network: DenseNetwork, example: Arrays, path: Path) -> None:
     program.save(str(path))
 
 
-def decision_us(policy: BundlePolicy, golden: Arrays, instances: int = 16, repeats: int = 1000) -> float:
+def decision_us(policy: Policy, golden: Arrays, instances: int = 16, repeats: int = 1000) -> float:
     """Median microseconds of one decision among `instances` engines, observation in, answer out."""
     obs = resize(golden, instances)
+    policy.reset(1, 0)
     samples = np.empty(repeats)
     for i in range(repeats):
         start = time.perf_counter_ns()

@@ -152,31 +152,34 @@ def _rank(row: Row) -> tuple[float, float]:
     return -row.interval("goodput").mean, row.interval("e2e_mean_s").mean
 
 
-def as_json(tables: Sequence[Table]) -> list[dict]:
-    """Plain data for results.json: every metric with its interval, its samples and the paired difference."""
+def as_json(tables: Sequence[Table], samples: bool = True) -> list[dict]:
+    """Plain data: each metric with interval, paired difference to the best heuristic, and samples."""
     return [
         {
             "cluster": table.setting.cluster,
             "load": table.setting.load,
             "rate_rps": table.rate_rps,
             "best_heuristic": table.best_heuristic.policy,
-            "policies": [_row_json(row, table.best_heuristic) for row in table.rows],
+            "policies": [_row_json(row, table.best_heuristic, samples) for row in table.rows],
         }
         for table in tables
     ]
 
 
-def _row_json(row: Row, best: Row) -> dict:
-    metrics = {}
+def _row_json(row: Row, best: Row, samples: bool) -> dict:
+    metrics: dict[str, dict] = {}
     for name, values in row.samples.items():
         own, gain = row.interval(name), row.against(best, name)
-        metrics[name] = {
-            "mean": _number(own.mean), "half_width": _number(own.half_width),
-            "against_best": _number(gain.mean), "against_best_half_width": _number(gain.half_width),
-            "samples": [_number(v) for v in values],
-        }  # fmt: skip
+        metrics[name] = {"mean": _number(own.mean), "half_width": _number(own.half_width)}
+        metrics[name] |= {
+            "against_best": _number(gain.mean),
+            "against_best_half_width": _number(gain.half_width),
+        }
+        if samples:
+            metrics[name]["samples"] = [_number(v) for v in values]
     return {"policy": row.policy, "oracle": row.oracle, "learned": row.learned, "metrics": metrics}
 
 
 def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    """Six significant digits; JSON has no NaN."""
+    return float(f"{value:.6g}") if np.isfinite(value) else None

@@ -23,6 +23,11 @@ def console() -> Console:
     return out if out.is_terminal else Console(width=WIDTH)
 
 
+def say(text: str) -> None:
+    """Print a line as it is."""
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and move it there, so that no reader sees a half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,12 @@ class NetworkPolicy:
         self.name = name
 
     def reset(self, lanes: int, seed: int) -> None:
-        """Nothing to forget: the network has no memory and draws no random numbers."""
+        """Nothing to forget: the network has no memory and draws no random numbers.
+
+        Sets torch to one thread: batches this small wait for a second one longer than they compute, and
+        numba's OpenMP layer raises torch's number behind its back.
+        """
+        torch.set_num_threads(1)
 
     def act(self, obs: Observation) -> np.ndarray:
         """Answer one decision per lane; see `servegym.agents.policy.Policy`.

@@ -10,7 +10,7 @@ import tyro
 from rich.table import Table
 
 from servegym.envs.costs import Profile, load_profile, profile_names, save_profile
-from servegym.envs.costs.build_kernels import build_from_kernels
+from servegym.envs.costs.build import build_from_kernels, build_from_run
 from servegym.files import console
 
 

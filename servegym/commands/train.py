@@ -1,0 +1,209 @@
+"""`servegym train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import tyro
+
+from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, read_info
+from servegym.envs.cluster.episode import make_episodes
+from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.scenario import Scenario
+from servegym.errors import InputError
+from servegym.evaluation import Table, as_json
+from servegym.files import command_line, console, git_revision, say
+from servegym.flags import Setup
+from servegym.models.config import NetworkConfig
+from servegym.report import render
+from servegym.runtime.export import decision_us
+from servegym.training import EvaluationCallback, card, final_tables
+
+if TYPE_CHECKING:
+    from servegym.maskable import MaskableTrainer
+
+Agent: TypeAlias = "PPO | MaskableTrainer"
+ALGORITHMS = ("ppo", "maskable_ppo")
+
+
+@dataclass(kw_only=True)
+class Command(Setup):
+    """Train a dispatch policy.
+
+    Writes a checkpoint folder LOG_FOLDER/ENV/NAME-sSEED with the weights, everything that a resumed run
+    needs, metrics.json and a model card that compares the policy with every heuristic.
+    """
+
+    algo: str = "ppo"
+    """ppo, or sb3-contrib's maskable_ppo with the same network (constant discount, cannot be resumed)."""
+    n_timesteps: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 1_000_000
+    """Decisions to train on, over all lanes."""
+    loads: tuple[float, float] | None = None
+    """Lowest and highest offered load, fractions of saturation; an episode draws one between them."""
+    n_envs: int = 256
+    """Lanes: clusters that are simulated side by side."""
+    episodes: int = 512
+    """Different episodes that the lanes draw from."""
+    seed: int = 0
+    """Seed of weights, episodes, sampling and minibatches."""
+    device: str = "cpu"
+    """torch's device of the updates."""
+    num_threads: int = 2
+    """Threads of simulation and updates."""
+    eval_freq: int = 100_000
+    """Decisions between two evaluations on fixed episodes; 0 for none."""
+    eval_episodes: int = 5
+    """Episodes of an evaluation, and seeds of the final comparison with the heuristics."""
+    save_freq: int = 100_000
+    """Decisions between two checkpoints: what a crash can cost."""
+    name: str | None = None
+    """Name of the policy; algorithm and scenario by default."""
+    log_folder: Annotated[str, tyro.conf.arg(aliases=("-f",))] = "runs"
+    """Where the checkpoint folder goes."""
+    tensorboard_log: str = "runs/tensorboard"
+    """Where TensorBoard's event files go."""
+    resume: bool = False
+    """Go on from the checkpoint in that folder; the other flags must be those of the run."""
+    track: bool = False
+    """Log to Weights & Biases too; offline without an account."""
+    wandb_project_name: str = "servegym"
+    """Project of Weights & Biases."""
+    progress: Annotated[bool, tyro.conf.arg(aliases=("-P",))] = False
+    """Show a progress bar."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Hyperparameters; beta is the scenario's and num_threads the flag's."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """Size of the network."""
+
+    def run(self) -> int:
+        """Train, compare, write the card."""
+        scenario = self._checked()
+        folder = self._folder(scenario)
+        agent = self._agent(scenario, folder)
+        callbacks = [
+            CheckpointCallback(folder, self.save_freq, lambda model: self._files(model, scenario, [])),
+            EvaluationCallback(scenario, self.eval_freq, self.eval_episodes, self.num_threads),
+        ]
+        try:
+            agent.learn(self.n_timesteps, callbacks, progress_bar=self.progress)
+        except KeyboardInterrupt:
+            hint = "the same command with --resume goes on" if self.algo == "ppo" else "it plays"
+            say(f"stopped at {agent.num_timesteps:,} decisions; saved in {folder}; {hint}")
+            raise
+        tables = final_tables(
+            NetworkPolicy(agent.network, folder.name), scenario, self.eval_episodes, self.num_threads
+        )
+        agent.save(folder, self._files(agent, scenario, tables), resumable=False)
+        for table in tables:
+            console().print(render(table))
+        say(f"checkpoint: {folder}")
+        return 0
+
+    def _checked(self) -> Scenario:
+        if self.algo not in ALGORITHMS:
+            raise InputError("train", "algo", self.algo, f"choose one of {', '.join(ALGORITHMS)}")
+        for name in ("n_timesteps", "n_envs", "episodes", "num_threads", "eval_episodes", "save_freq"):
+            if getattr(self, name) < 1:
+                raise InputError("train", name, getattr(self, name), "must be at least 1")
+        if self.resume and self.algo != "ppo":
+            raise InputError("train", "algo", self.algo, "only ppo can be resumed")
+        for name in ("eval_freq", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError("train", name, getattr(self, name), "must be >= 0")
+        return self.resolve(**({} if self.loads is None else {"loads": self.loads}))
+
+    def _folder(self, scenario: Scenario) -> Path:
+        folder = Path(self.log_folder) / self.env.rsplit("/", 1)[-1] / self._policy_name(scenario)
+        if (folder / "config.json").is_file() and not self.resume:
+            raise InputError(
+                folder, "checkpoint", folder.name, "is there already; --resume, or another --name or -f"
+            )
+        return folder
+
+    def _agent(self, scenario: Scenario, folder: Path) -> Agent:
+        logs = str(Path(self.tensorboard_log) / folder.name)
+        track = self.wandb_project_name if self.track else None
+        if self.resume:
+            self._check_settings(scenario, folder)
+        env = DispatchVectorEnv(
+            self.n_envs,
+            scenario,
+            episodes=make_episodes(scenario, self.episodes, self.seed),
+            num_threads=self.num_threads,
+            copy=self.algo != "ppo",
+        )
+        if self.resume:
+            resumed = PPO.resume(folder, env, logs, track, self.device)
+            say(f"resuming {folder} at {resumed.num_timesteps:,} of {self.n_timesteps:,} decisions")
+            return resumed
+        config = self._config(scenario)
+        make = PPO if self.algo == "ppo" else _maskable()
+        agent = make(
+            env, self.network, config, self.seed, logs, track, asdict(scenario), command_line(), self.device
+        )
+        megabytes = sum(a.nbytes for a in env.observation_space.sample().values()) * config.n_steps / 1e6
+        say(
+            f"{folder}: {self.n_timesteps:,} decisions in {self.n_envs} lanes, "
+            f"{_parameters(agent):,} parameters, {megabytes:.0f} MB of roll-outs"
+        )
+        return agent
+
+    def _config(self, scenario: Scenario) -> PPOConfig:
+        return replace(self.ppo, beta=scenario.beta, num_threads=self.num_threads)
+
+    def _settings(self, scenario: Scenario) -> dict[str, Any]:
+        """What must not change when a run is resumed, as JSON gives it back."""
+        names = ("n_timesteps", "n_envs", "episodes", "seed")
+        tables = {"scenario": scenario, "ppo": self._config(scenario), "network": self.network}
+        settings = {name: asdict(table) for name, table in tables.items()}
+        return json.loads(json.dumps(settings | {name: getattr(self, name) for name in names}))
+
+    def _check_settings(self, scenario: Scenario, folder: Path) -> None:
+        info = read_info(folder)
+        path = folder / "metrics.json"
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                path, "settings", str(error), "this checkpoint plays but cannot be resumed"
+            ) from error
+        for name, value in self._settings(scenario).items():
+            if known.get(name) != value:
+                raise InputError(path, name, known.get(name), f"the run was started by: {info.command}")
+
+    def _files(self, agent: Agent, scenario: Scenario, tables: list[Table]) -> dict[str, str]:
+        """metrics.json and README.md as they stand now."""
+        timed = NetworkPolicy(agent.network)
+        facts = {
+            "command": agent.command,
+            "revision": git_revision(),
+            "seed": self.seed,
+            "decisions": agent.num_timesteps,
+            "parameters": _parameters(agent),
+            "instances": 16,
+            "decision_us": round(decision_us(timed, agent.observation, instances=16, repeats=200), 1),
+        }
+        metrics = {**facts, "settings": self._settings(scenario), "tables": as_json(tables, samples=False)}
+        return {
+            "metrics.json": json.dumps(metrics, indent=1, allow_nan=False) + "\n",
+            "README.md": card(self._policy_name(scenario), facts, scenario, tables),
+        }
+
+    def _policy_name(self, scenario: Scenario) -> str:
+        return f"{self.name or f'{self.algo}-{scenario.name}'}-s{self.seed}"
+
+
+def _maskable() -> Callable[..., Agent]:
+    try:
+        from servegym.maskable import MaskableTrainer
+    except ImportError as error:
+        raise InputError("train", "algo", "maskable_ppo", "pip install 'servegym[contrib]'") from error
+    return MaskableTrainer
+
+
+def _parameters(agent: Agent) -> int:
+    return sum(parameter.numel() for parameter in agent.network.parameters())

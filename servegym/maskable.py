@@ -1,0 +1,95 @@
+"""sb3-contrib's MaskablePPO behind the interface of our PPO: same network, checkpoints and callbacks.
+
+It knows no semi-Markov time: its discount per decision is constant, and a stopped run cannot be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+
+from servegym.agents.ppo import CheckpointInfo, PPOConfig, save_checkpoint
+from servegym.agents.ppo.tracking import WandbWriter
+from servegym.envs.cluster.sb3 import ServeGymVecEnv
+from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.models.config import NetworkConfig
+from servegym.models.dense import DenseNetwork
+from servegym.models.sb3 import GraphMaskablePolicy
+
+GAMMA = 0.99
+
+
+class MaskableTrainer(MaskablePPO):
+    """MaskablePPO on the vector environment, with the graph network.
+
+    Args:
+        env: SAME_STEP and `copy=True`, as stable-baselines3 keeps observations across steps.
+        network, config, seed, log_dir, track, scenario, command, device: as for `servegym.agents.ppo.PPO`;
+            of the hyperparameters, beta, anneal and num_threads have no counterpart.
+    """
+
+    def __init__(
+        self,
+        env: DispatchVectorEnv,
+        network: NetworkConfig,
+        config: PPOConfig,
+        seed: int,
+        log_dir: str,
+        track: str | None,
+        scenario: Mapping[str, Any],
+        command: str,
+        device: str,
+    ) -> None:
+        super().__init__(
+            GraphMaskablePolicy,
+            ServeGymVecEnv(env),
+            learning_rate=config.learning_rate,
+            n_steps=config.n_steps,
+            batch_size=config.batch_size,
+            n_epochs=config.n_epochs,
+            gamma=GAMMA,
+            gae_lambda=config.gae_lambda,
+            clip_range=config.clip_range,
+            ent_coef=config.entropy_coef,
+            vf_coef=config.value_coef,
+            max_grad_norm=config.max_grad_norm,
+            target_kl=config.target_kl or None,
+            policy_kwargs={"network": network},
+            seed=seed,
+            device=device,
+        )
+        self.config, self.scenario, self.command = config, dict(scenario), command
+        writers: list[KVWriter] = [TensorBoardOutputFormat(log_dir)]
+        if track is not None:
+            writers.append(WandbWriter(track, log_dir, {"scenario": self.scenario, "ppo": vars(config)}))
+        self.set_logger(Logger(log_dir, writers))
+
+    @property
+    def network(self) -> DenseNetwork:
+        """The network that is trained."""
+        return self.policy.features_extractor.network  # type: ignore[union-attr, return-value]
+
+    @property
+    def observation(self) -> dict[str, np.ndarray]:
+        """What the lanes look like now."""
+        return cast(dict[str, np.ndarray], self._last_obs)
+
+    def save(  # type: ignore[override]
+        self, folder: str | Path, extra: Mapping[str, str] | None = None, resumable: bool = False
+    ) -> None:
+        """Write a checkpoint that plays; `resumable` is accepted for PPO's sake."""
+        info = CheckpointInfo(
+            network=self.network.config,
+            ppo=self.config,
+            scenario=self.scenario,
+            command=self.command,
+            seed=self.seed or 0,
+            steps=self.num_timesteps,
+            total_steps=self._total_timesteps,
+        )
+        save_checkpoint(folder, info, self.network, extra=extra)
