@@ -22,7 +22,8 @@ def weights(model):
 
 
 def test_learns_to_pick_the_least_loaded_instance_of_any_fleet(least_inflight):
-    model = PPO(least_inflight(32, 5), config=SMALL, seed=1).learn(32 * 1024)
+    config = PPOConfig(n_steps=8, batch_size=128, n_epochs=3, learning_rate=1e-2, beta=0.5, num_threads=1)
+    model = PPO(least_inflight(64, 5), config=config, seed=1).learn(16_000)
     larger = least_inflight(64, 24)
     obs, _ = larger.reset(seed=9)
     rewards = []
@@ -31,7 +32,7 @@ def test_learns_to_pick_the_least_loaded_instance_of_any_fleet(least_inflight):
         obs, reward, *_ = larger.step(actions)
         rewards.append(reward.mean())
     uniform = np.mean(1 / (2 + np.arange(64) % 23))
-    assert np.mean(rewards) > 0.85
+    assert np.mean(rewards) > 0.95
     assert uniform < 0.2
 
 
