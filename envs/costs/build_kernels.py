@@ -64,7 +64,7 @@ class Kernels:
         for name, value in equal.items():
             data = data.filter(pc.equal(data[name], value))
         if "window_size" in data.column_names:  # sliding-window kernels are another model's
-            data = data.filter(pc.equal(pc.fill_null(data["window_size"], 0), 0))
+            data = data.filter(pc.equal(pc.fill_null(data["window_size"].cast("float64"), 0.0), 0.0))
         if data.num_rows == 0:
             asked = ", ".join(f"{name}={value}" for name, value in equal.items())
             raise InputError(path, "system", self.system, f"no row with {asked}")

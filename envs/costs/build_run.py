@@ -1,7 +1,8 @@
 """A profile from one layer's kernels, measured inside vLLM on the device that it is for.
 
-The folder holds engine.json, hardware.json and kernels/{dense,per_sequence,attention,skew}.csv as the
-profiler of LLMServingSim writes them (casys-kaist/LLMServingSim, MIT). Nothing is taken from a run's request log.
+The folder holds engine.json, hardware.json and, under kernels/, dense.csv, per_sequence.csv, attention.csv
+and skew.csv as LLMServingSim's profiler (casys-kaist/LLMServingSim, MIT) writes them. Nothing comes from a
+run's request log.
 """
 
 from __future__ import annotations
