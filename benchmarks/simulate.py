@@ -128,9 +128,10 @@ def measure_peer(python: str, workload: Workload) -> dict:
         spec = folder / "spec.json"
         spec.write_text(json.dumps({"traces": traces, "runs": PEER_RUNS, **settings}), encoding="utf-8")
         script = Path(__file__).parent / "peers" / "run_aisimulate.py"
-        done = subprocess.run([python, str(script), str(spec)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"benchmarks/simulate.py: aisimulate failed in {python}; unset {PEER_PYTHON} to go without")
+        try:
+            done = subprocess.run([python, script, spec], stdout=subprocess.PIPE, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"aisimulate does not run in {python} ({error}); unset {PEER_PYTHON} to go without")
     answer = json.loads(done.stdout.splitlines()[-1])
     whole, first = answer["traces"]
     startup_s, n = median(first["cpu_s"]), whole["requests"]
