@@ -22,7 +22,7 @@ from report import report
 from servegym.envs.cluster.simulate import simulate
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
 from servegym.envs.costs import Profile, save_profile
-from servegym.envs.costs.build_run import build_from_run, read_json
+from servegym.envs.costs.build_run import build_from_run, read_json, recorded
 from servegym.envs.workloads.workload import Workload, make_workload
 from servegym.errors import InputError
 
@@ -50,8 +50,10 @@ def read_run(folder: Path) -> dict[str, list]:
     for name in (*TIMES, *COUNTS):
         if name not in table.column_names:
             raise InputError(path, name, None, "missing column")
-        if table[name].null_count:
-            raise InputError(path, name, None, "must not be null")
+        column = np.asarray(table[name].to_pylist(), dtype=object)
+        bad = [i for i, value in enumerate(column) if not isinstance(value, (int, float)) or not value >= 0]
+        if bad:
+            raise InputError(path, f"{name}, row {bad[0]}", column[bad[0]], "must be a number, 0 or more")
     return table.sort_by("queued_s").to_pydict()
 
 
@@ -91,7 +93,6 @@ def metrics(arrived: np.ndarray, first: np.ndarray, last: np.ndarray, output: np
 def replay(folder: Path, run: dict[str, list], profile: Profile) -> tuple[Metrics, dict[str, int]]:
     """The model's metrics for the run's requests, and how often it preempted and hit the cache."""
     engine = read_json(folder / "engine.json")
-    kwargs = engine.get("engine_kwargs") or {}
     scheduler = engine.get("scheduler_config") or {}
     cache = engine.get("kv_cache") or {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,8 +101,8 @@ def replay(folder: Path, run: dict[str, list], profile: Profile) -> tuple[Metric
         instance = InstanceSpec(
             str(path),
             block_tokens=BLOCK_TOKENS,
-            token_budget=kwargs.get("max_num_batched_tokens"),
-            max_seqs=kwargs.get("max_num_seqs"),
+            token_budget=recorded(folder, engine, "engine_kwargs", "max_num_batched_tokens"),
+            max_seqs=recorded(folder, engine, "engine_kwargs", "max_num_seqs"),
             reserve_prompt=scheduler.get("scheduler_reserve_full_isl", True),
         )
         caching = cache.get("enable_prefix_caching", True)

@@ -36,7 +36,7 @@ def build_from_run(folder: str | Path, *, name: str = "") -> Profile:
     where = Path(folder)
     engine = read_json(where / "engine.json")
     model = geometry_of_run(where, engine)
-    tp = tensor_parallel(where, engine)
+    tp = recorded(where, engine, "engine_kwargs", "tensor_parallel_size") or 1
     device = _device(where, engine)
     at, us, linear_error = _dense(where, model)
     heads, head_us, head_error = _head(where)
@@ -48,7 +48,7 @@ def build_from_run(folder: str | Path, *, name: str = "") -> Profile:
         model,
         device,
         tensor_parallel=tp,
-        kv_blocks=run_blocks(engine) or kv_blocks(model, device, tp),
+        kv_blocks=run_blocks(where, engine) or kv_blocks(model, device, tp),
         block_tokens=16,
         token_budget=budget,
         max_seqs=sequences,
@@ -92,37 +92,43 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def tensor_parallel(folder: Path, engine: dict[str, Any]) -> int:
-    """The run's tensor parallelism; 1 where it is not recorded."""
-    value = (engine.get("engine_kwargs") or {}).get("tensor_parallel_size", 1)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(folder / "engine.json", "tensor_parallel_size", value, "must be 1 or more")
+def recorded(folder: Path, engine: dict[str, Any], section: str, field: str, low: int = 1) -> int | None:
+    """A whole number of engine.json; None where the run did not record it.
+
+    Raises:
+        InputError: no whole number, or below `low`.
+    """
+    part = engine.get(section) or {}
+    value = part.get(field) if isinstance(part, dict) else part
+    if value is not None and (type(value) is not int or value < low):
+        raise InputError(
+            folder / "engine.json", f"{section}.{field}", value, f"must be an integer, {low} or more"
+        )
     return value
 
 
-def run_blocks(engine: dict[str, Any]) -> int | None:
+def run_blocks(folder: Path, engine: dict[str, Any]) -> int | None:
     """Usable KV blocks of the run: what vLLM allots less its null block; None where it is not recorded."""
-    blocks = (engine.get("kv_cache") or {}).get("num_gpu_blocks")
-    return None if blocks is None else int(blocks) - 1
+    blocks = recorded(folder, engine, "kv_cache", "num_gpu_blocks", 2)
+    return None if blocks is None else blocks - 1
 
 
 def _device(folder: Path, engine: dict[str, Any]) -> Device:
+    memory = recorded(folder, engine, "hardware", "device_total_memory_bytes") or _assumed_memory(folder)
     hardware = engine.get("hardware") or {}
-    name = hardware.get("device_name") or _meta(folder, "gpu")
-    memory = hardware.get("device_total_memory_bytes")
-    if memory is None:
-        memory = _instance(folder).get("npu_mem", {}).get("mem_size", 0) * GIB
-    if not memory > 0:
-        raise InputError(folder / "hardware.json", "npu_mem.mem_size", memory, "must be positive, GiB")
-    return Device(name, memory_bytes=int(memory))
+    return Device(str(hardware.get("device_name") or _meta(folder, "gpu")), memory_bytes=memory)
 
 
-def _instance(folder: Path) -> dict[str, Any]:
+def _assumed_memory(folder: Path) -> int:
+    """Bytes of one device as hardware.json states them, in GiB."""
     path = folder / "hardware.json"
     try:
-        return read_json(path)["nodes"][0]["instances"][0]
+        size = read_json(path)["nodes"][0]["instances"][0]["npu_mem"]["mem_size"]
     except (KeyError, IndexError, TypeError) as error:
-        raise InputError(path, "nodes[0].instances[0]", None, "missing") from error
+        raise InputError(path, "nodes[0].instances[0].npu_mem.mem_size", None, "missing") from error
+    if not isinstance(size, (int, float)) or not 0 < size < 1e6:
+        raise InputError(path, "nodes[0].instances[0].npu_mem.mem_size", size, "must be positive, GiB")
+    return int(size * GIB)
 
 
 def _meta(folder: Path, key: str) -> str:
@@ -170,9 +176,11 @@ def _collective(folder: Path, model: Geometry, tp: int) -> Curve | None:
     if tp == 1:
         return None
     hardware = read_json(folder / "hardware.json")
-    bandwidth, latency = hardware.get("link_bw"), hardware.get("link_latency", 0)
-    if not isinstance(bandwidth, (int, float)) or not bandwidth > 0:
-        raise InputError(folder / "hardware.json", "link_bw", bandwidth, "must be positive, GB/s, for TP > 1")
+    bandwidth: Any = hardware.get("link_bw")
+    latency: Any = hardware.get("link_latency", 0)
+    for field, value, low in (("link_bw", bandwidth, 1e-3), ("link_latency", latency, 0)):
+        if not isinstance(value, (int, float)) or not low <= value < 1e9:
+            raise InputError(folder / "hardware.json", field, value, "must be a number of GB/s, or ns")
     at = np.asarray([1, TOKENS_END])
     sent = 2 * (tp - 1) / tp * at * model.hidden * model.bytes_per_value / (bandwidth * 1e9) * 1e6
     return as_curve(at, 2 * model.layers * (2 * (tp - 1) * latency / 1e3 + sent))

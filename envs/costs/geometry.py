@@ -105,7 +105,7 @@ def geometry_of_run(folder: Path, engine: dict[str, Any]) -> Geometry:
     Raises:
         InputError: for an unknown model without a config.json, or one that lacks a field.
     """
-    name = engine.get("model") or (engine.get("engine_kwargs") or {}).get("model")
+    name = engine.get("model")
     if not isinstance(name, str):
         raise InputError(folder / "engine.json", "model", name, "must be the model's name")
     path = folder / "config.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,16 @@ def load_profile(name_or_path: str | Path) -> Profile:
         if not path.is_file():
             known = ", ".join(profile_names())
             raise InputError("profile", "name", str(name_or_path), f"give a .json file or one of: {known}")
+    try:
+        modified = path.stat().st_mtime_ns
+    except OSError as error:
+        raise InputError(path, "file", path.name, f"cannot be read: {error}") from error
+    return _read(path, modified)
+
+
+@lru_cache(maxsize=32)
+def _read(path: Path, modified: int) -> Profile:
+    """The profile as the file stood at `modified`: checking every number takes longer than a short simulation."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -155,7 +155,14 @@ def test_a_config_json_makes_another_model_known(run):
     ("file", "old", "new", "field"),
     [
         ("engine.json", "meta-llama/Llama-3.1-8B", "gpt-5", "model"),
-        ("engine.json", '"tensor_parallel_size": 1', '"tensor_parallel_size": 0', "tensor_parallel_size"),
+        (
+            "engine.json",
+            '"tensor_parallel_size": 1',
+            '"tensor_parallel_size": 0',
+            "engine_kwargs.tensor_parallel_size",
+        ),
+        ("engine.json", "1001", '"many"', "kv_cache.num_gpu_blocks"),
+        ("engine.json", str(24 * 2**30), "-1", "hardware.device_total_memory_bytes"),
         ("engine.json", "{", "", "file"),
         ("kernels/dense.csv", "time_us", "micros", "time_us"),
         ("kernels/dense.csv", "o_proj", "oh_proj", "layer"),
@@ -175,6 +182,21 @@ def test_a_bad_run_is_named(run, file, old, new, field):
     with pytest.raises(InputError) as caught:
         build_from_run(run)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"mem_size": 24', '"mem_size": "24"'), ('"mem_size"', '"size"'), ("[{", "{"), ("10", "-10")],
+)
+def test_bad_hardware_is_named(run, old, new):
+    engine = json.loads((run / "engine.json").read_text())
+    del engine["hardware"]
+    engine["engine_kwargs"]["tensor_parallel_size"] = 2
+    (run / "engine.json").write_text(json.dumps(engine))
+    path = run / "hardware.json"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=r"hardware\.json"):
+        build_from_run(run)
 
 
 @pytest.mark.parametrize("file", ["engine.json", "kernels/dense.csv", "kernels/attention.csv"])
