@@ -10,11 +10,10 @@ import numpy as np
 from servegym.agents.play import play
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.capacity import saturation_rps
-from servegym.envs.cluster.episode import Episode, make_episodes
+from servegym.envs.cluster.episode import Episode, make_episodes, sample_workload
 from servegym.envs.cluster.spec import parse_cluster
 from servegym.envs.metrics import METRICS, Interval, class_slos, interval, paired_difference, summarize
 from servegym.envs.scenario import Scenario
-from servegym.envs.workloads import resolve
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def load_of(scenario: Scenario, cluster: str, rate_rps: float) -> float:
         InputError: for an unknown fleet or workload.
     """
     fleet = parse_cluster(cluster, prefix_caching=scenario.prefix_caching, **scenario.engine)
-    return rate_rps / saturation_rps(fleet, resolve(scenario.workload))
+    return rate_rps / saturation_rps(fleet, sample_workload(scenario))
 
 
 def measure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def render(table: Table) -> RichTable:
         title_justify="left",
         caption_justify="left",
     )
-    out.add_column("policy", no_wrap=True, max_width=26)
+    out.add_column("policy", no_wrap=True, max_width=28)
     for header in ("goodput %", "Δ best"):
         out.add_column(header, justify="right", no_wrap=True)
     for label, _, _, unit in _LATENCIES:
@@ -50,7 +52,7 @@ def _cells(row: Row, best: Row) -> list[str]:
     cells.append("" if row is best else _percent(row.against(best, "goodput"), sign="+"))
     for _, name, factor, _ in _LATENCIES:
         mean = row.interval(f"{name}_mean_s")
-        cells.append(f"{_short(mean.mean * factor)}±{_short(mean.half_width * factor)}")
+        cells.append(f"{_short(mean.mean * factor)}±{_short(mean.half_width * factor, 2)}")
         cells += [_short(row.interval(f"{name}_{q}_s").mean * factor) for q in ("p50", "p99")]
     cells.append(_short(row.interval("preemptions").mean * 1e3))
     cells.append(f"{row.interval('cache_hits').mean * 100:.1f}")
@@ -62,11 +64,11 @@ def _percent(value: Interval, sign: str = "") -> str:
     return f"{value.mean * 100:{sign}.2f}±{value.half_width * 100:.2f}"
 
 
-def _short(value: float) -> str:
-    """Three significant digits without an exponent."""
-    if value != value:
+def _short(value: float, digits: int = 3) -> str:
+    """A few significant digits without an exponent."""
+    if math.isnan(value):
         return "-"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 PLOTS = (("goodput", "goodput (fraction)", False), ("ttft_p99_s", "TTFT P99 (s)", True),
@@ -83,8 +85,8 @@ def plot(tables: Sequence[Table], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     paths = []
-    for number, cluster in enumerate(dict.fromkeys(t.setting.cluster for t in tables)):
-        path = folder / f"load-{number}.png"
+    for cluster in dict.fromkeys(t.setting.cluster for t in tables):
+        path = folder / f"{re.sub(r'[^A-Za-z0-9.+-]', '_', cluster)}.png"
         _plot_cluster([t for t in tables if t.setting.cluster == cluster], path)
         paths.append(path)
     return paths
@@ -93,25 +95,39 @@ def plot(tables: Sequence[Table], folder: Path) -> list[Path]:
 def _plot_cluster(tables: Sequence[Table], path: Path) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharex=True)
+    tables = sorted(tables, key=lambda t: t.setting.load)
+    names = [row.policy for row in tables[-1].rows]  # best first, where the load is highest
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 8), sharex=True)
     for axis, (metric, label, is_log) in zip(axes.flat, PLOTS, strict=True):
-        for name in (row.policy for row in tables[0].rows):
-            _plot_policy(axis, tables, name, metric)
+        for place, name in enumerate(names):
+            _plot_policy(axis, tables, name, metric, place, (place + 0.5) / len(names) - 0.5)
         axis.set(ylabel=label, yscale="log" if is_log else "linear")
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("offered load (fraction of saturation)")
     figure.suptitle(tables[0].setting.cluster)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right", fontsize="small")
-    figure.tight_layout(rect=(0, 0, 0.82, 1))
+    figure.tight_layout(rect=(0, 0, 0.83, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _plot_policy(axis: Any, tables: Sequence[Table], name: str, metric: str) -> None:
+def _plot_policy(
+    axis: Any, tables: Sequence[Table], name: str, metric: str, place: int, shift: float
+) -> None:
+    """One line; policies stand beside each other at each load, so that no interval hides another."""
     rows = [next(r for r in t.rows if r.policy == name) for t in tables]
     values = [row.interval(metric) for row in rows]
+    learned = rows[0].learned
     axis.errorbar(
-        [t.setting.load for t in tables], [v.mean for v in values], [v.half_width for v in values],
-        label=name, marker="o", markersize=3, capsize=2, linewidth=2.0 if rows[0].learned else 0.9,
-    )  # fmt: skip
+        [t.setting.load * (1 + 0.04 * shift) for t in tables],
+        [v.mean for v in values],
+        [v.half_width for v in values],
+        label=name,
+        color="black" if learned else f"C{place % 10}",
+        linestyle="-" if learned or place < 10 else "--",
+        linewidth=2.0 if learned else 0.9,
+        marker="o",
+        markersize=3,
+        capsize=2,
+    )

@@ -66,6 +66,15 @@ def make_episodes(scenario: Scenario, count: int, seed: int) -> list[Episode]:
     return episodes
 
 
+def sample_workload(scenario: Scenario) -> Workload:
+    """The requests on which `make_episodes` measures a fleet's saturation.
+
+    Raises:
+        InputError: for a workload that is not there.
+    """
+    return _Source(scenario).sample
+
+
 class _Source:
     """Where a scenario's workloads come from; `sample` shows what its requests are like."""
 

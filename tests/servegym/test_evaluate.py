@@ -1,0 +1,147 @@
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from servegym.agents.heuristics import heuristic_names, make_heuristic
+from servegym.cli import main
+from servegym.envs.metrics import METRICS
+from servegym.envs.scenario import Scenario
+from servegym.evaluation import Row, Setting, Table, compare, episodes_of, load_of
+from servegym.report import WIDTH, render
+from servegym.runtime.bundle import load_bundle
+
+FLEET = "1xa100-llama-3.1-8b+1xl40s-llama-3.1-8b"
+SCENARIO = Scenario(clusters=(FLEET,), requests=60)
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    names = ("round_robin", "default", "least_request", "least_work_oracle")
+    policies = [make_heuristic(name) for name in names]
+    return compare(policies[1:], policies[:1], SCENARIO, [Setting(FLEET, 0.9)], seeds=3)[0]
+
+
+def row(table: Table, name: str) -> Row:
+    return next(r for r in table.rows if r.policy == name)
+
+
+def test_policies_meet_the_same_requests(table):
+    # the environment's default is least request: equal, sample by sample, only on equal requests
+    default, least = row(table, "default"), row(table, "least_request")
+    for metric in METRICS:
+        np.testing.assert_array_equal(default.samples[metric.name], least.samples[metric.name])
+    assert default.against(least, "goodput").half_width == 0
+    assert len(np.unique(default.samples["ttft_mean_s"])) == 3  # but every seed has its own
+
+
+def test_rows_are_ranked_and_marked(table):
+    goodput = [r.interval("goodput").mean for r in table.rows]
+    assert goodput == sorted(goodput, reverse=True)
+    assert row(table, "round_robin").learned
+    assert row(table, "least_work_oracle").oracle
+    assert table.best_heuristic.policy in ("default", "least_request")
+
+
+def test_seeds_and_threads_change_nothing_else():
+    setting = Setting(FLEET, 0.9)
+    two, three = (episodes_of(SCENARIO, setting, n, 0) for n in (2, 3))
+    for a, b in zip(two, three, strict=False):
+        np.testing.assert_array_equal(a.workload.arrived_at_s, b.workload.arrived_at_s)
+        np.testing.assert_array_equal(a.predicted_output, b.predicted_output)
+    policy = make_heuristic("power_of_two")
+    one, many = (compare([policy], [], SCENARIO, [setting], seeds=2, num_threads=n)[0] for n in (1, 2))
+    np.testing.assert_array_equal(one.rows[0].samples["e2e_mean_s"], many.rows[0].samples["e2e_mean_s"])
+
+
+def test_absolute_rates_are_offered():
+    scenario = replace(SCENARIO, requests=400, workload="fixed:1024-256")  # Poisson: no bursts in the mean
+    load = load_of(scenario, FLEET, 5.0)
+    assert load_of(scenario, FLEET, 10.0) == pytest.approx(2 * load)
+    rates = [e.workload.rate_rps for e in episodes_of(scenario, Setting(FLEET, load), 4, 0)]
+    assert np.mean(rates) == pytest.approx(5.0, rel=0.15)
+
+
+def test_tables_fit_and_show_everything(table):
+    wide = replace(table, rows=tuple(replace(r, policy=f"{r.policy}-with-a-name"[:24]) for r in table.rows))
+    console = Console(width=WIDTH, record=True, file=io.StringIO())
+    console.print(render(wide))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" not in text
+    for header in ("goodput", "TTFT", "TPOT", "E2E", "P50", "P99", "hits", "open"):
+        assert header in text
+
+
+def test_evaluate_command(trained, bundle, tmp_path, capsys):
+    arguments = ["-i", str(trained), "-i", str(bundle), "--policies", "least_request", "mooncake"]
+    size = ["--cluster", FLEET, "--loads", "0.5", "1.0", "--seeds", "2", "--requests", "40"]
+    assert main(["evaluate", *arguments, *size, "--workload", "azure2023_conv", "-f", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "embedded generator" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [t["load"] for t in results["tables"]] == [0.5, 1.0]
+    for found in results["tables"]:
+        rows = {r["policy"]: r["metrics"] for r in found["policies"]}
+        assert set(rows) == {"ppo-mixed-s0", "least_request", "mooncake"}
+        learned = [r["metrics"] for r in found["policies"] if r["learned"]]
+        assert learned[0] == learned[1]  # torch and ONNX Runtime play alike
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_a_recorded_trace_is_played_and_hashed(tmp_path, capsys):
+    lines = [f"2023-11-16 18:00:{k // 2:02}.{k % 2 * 5},{100 + k},{10 + k % 7}" for k in range(100)]
+    trace = tmp_path / "azure.csv"
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    size = ["--cluster", FLEET, "--rates", "8", "--seeds", "2", "--requests", "40", "--policies", "random"]
+    assert main(["evaluate", *size, "--workload", str(trace), "-f", str(tmp_path / "out")]) == 0
+    assert "recorded trace" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["traces"][str(trace)]) == 64
+
+
+BAD = {
+    "heuristic": (["--policies", "telepathy"], "telepathy"),
+    "agent": (["-i", "no/such/folder"], "no/such/folder"),
+    "load": (["--loads", "-1"], "loads = -1.0"),
+    "rate": (["--rates", "nan"], "rates = nan"),
+    "seeds": (["--seeds", "0"], "seeds = 0"),
+    "profile": (["--cluster", "4xtpu"], "tpu"),
+    "environment": (["--env", "CartPole-v1"], "CartPole-v1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_nothing_is_written(case, tmp_path, refused):
+    arguments, told = BAD[case]
+    assert told in refused(
+        "evaluate", "--workload", "azure2023_conv", "-f", str(tmp_path / "out"), *arguments
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_bundle_is_refused(bundle, tmp_path, refused):
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    load_bundle(folder)
+    data = bytearray((folder / "policy.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "policy.onnx").write_bytes(bytes(data))
+    assert "sha256" in refused("evaluate", "-i", str(folder), "-f", str(tmp_path / "out"))
+
+
+def test_export_refuses_an_unknown_fallback(trained, tmp_path, refused):
+    output = tmp_path / "bundle"
+    assert "prayer" in refused("export", "-i", str(trained), "-o", str(output), "--fallback", "prayer")
+    assert not output.exists()
+
+
+def test_every_heuristic_is_played_by_default(tmp_path, capsys):
+    size = ["--cluster", FLEET, "--loads", "1.0", "--seeds", "1", "--requests", "20"]
+    assert main(["evaluate", *size, "--workload", "azure2023_conv", "-f", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["policy"] for r in results["tables"][0]["policies"]} == set(heuristic_names())
