@@ -227,7 +227,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
 
 @lru_cache(maxsize=32)
 def _read(path: Path, modified: int) -> Profile:
-    """The profile as the file stood at `modified`: checking every number takes longer than a short simulation."""
+    """The profile as the file stood at `modified`; checking it takes longer than a short simulation."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
