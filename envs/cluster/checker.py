@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+AFTER_END = 3  # steps that are played after the last lane's first end, across its reset
 Step = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 
 
@@ -42,7 +43,8 @@ def _play(env: VectorEnv, mode: AutoresetMode, seed: int, max_steps: int) -> lis
     ended = np.zeros(env.num_envs, bool)
     resetting = np.zeros(env.num_envs, bool)
     steps: list[Step] = []
-    while not ended.all():
+    beyond = 0
+    while beyond < AFTER_END:
         assert len(steps) < max_steps, f"lane {ended.argmin()} did not end within {max_steps} steps"
         before = {name: array.copy() for name, array in obs.items()}
         step = env.step(_random_legal(obs["mask"], rng))
@@ -58,6 +60,7 @@ def _play(env: VectorEnv, mode: AutoresetMode, seed: int, max_steps: int) -> lis
             assert (reward[resetting] == 0).all(), f"step {len(steps)}: reward in the step of a reset"
             resetting = done
         ended |= done
+        beyond += ended.all()
         steps.append(step)
     return steps
 
