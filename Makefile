@@ -1,7 +1,8 @@
 # make train: from a fresh clone to a table in which a freshly trained policy stands beside the heuristics.
 PYTHON ?= python3
 VENV ?= .venv
-STEPS ?= 200000
+STEPS ?= 500000
+TRAIN ?= --n-envs 64 --ppo.n-steps 256 --ppo.gae-lambda 0.995
 RUN ?= runs/quickstart
 # Without an NVIDIA driver the CPU build of torch saves gigabytes; TORCH_INDEX= leaves the choice to pip.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
@@ -14,9 +15,10 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: train test test-slow lint bench clean
 
 train: $(INSTALLED)
-	$(PY) train.py --scenario mixed -n $(STEPS) --log-folder $(RUN)/train --progress
-	$(PY) export.py -i $(RUN)/train --output $(RUN)/bundle
-	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.8 --log-folder $(RUN)/evaluation
+	rm -rf $(RUN)
+	$(PY) train.py --scenario mixed -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard $(TRAIN)
+	$(PY) export.py -i $(RUN)/Dispatch-v0/ppo-mixed-s0 -o $(RUN)/bundle
+	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.9 --requests 1000 -f $(RUN)/evaluation
 
 test: $(INSTALLED)
 	$(PY) -m pytest -q -m "not slow"

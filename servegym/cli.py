@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -33,16 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if arguments else BAD_INPUT
-    if arguments[0] == "--version":
-        print(f"servegym {__version__}")
-        return 0
     try:
-        return _run(arguments[0], arguments[1:])
+        return _run(arguments)
     except InputError as error:
         return _refuse(str(error))
+    except BrokenPipeError:  # `servegym data | head`; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -50,11 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(f"servegym {__version__}")
+        return 0
+    name = arguments[0]
     if name not in COMMANDS:
         raise InputError("servegym", "command", name, f"choose one of {', '.join(COMMANDS)}")
     command = import_module(f"servegym.commands.{name}").Command  # late: most commands need no torch
-    return tyro.cli(command, prog=f"servegym {name}", args=arguments).run()
+    return tyro.cli(command, prog=f"servegym {name}", args=arguments[1:]).run()
 
 
 def _refuse(message: str) -> int:

@@ -6,10 +6,10 @@ import inspect
 import sys
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from servegym.agents.heuristics import heuristic_names, make_heuristic
+from servegym.files import console
 
 
 @dataclass
@@ -23,5 +23,5 @@ class Command:
             rule = make_heuristic(name)
             mark = "\n(reads the future)" if rule.needs_oracle else ""
             table.add_row(name + mark, inspect.getdoc(sys.modules[type(rule).__module__]) or "")
-        Console().print(table)
+        console().print(table)
         return 0

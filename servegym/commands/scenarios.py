@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from servegym.envs.scenario import load_scenario, scenario_names
+from servegym.files import console
 
 
 @dataclass
@@ -21,5 +21,5 @@ class Command:
             s = load_scenario(name)
             loads = f"{s.loads[0]:g} to {s.loads[1]:g}"
             table.add_row(name, s.workload, "\n".join(s.clusters), loads, s.reward, s.description)
-        Console().print(table)
+        console().print(table)
         return 0

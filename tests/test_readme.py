@@ -1,0 +1,39 @@
+"""The README is held to the code: its metrics, its commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from servegym.cli import COMMANDS
+from servegym.envs.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
+LINES = [line.split("  #")[0].strip() for line in BLOCKS.splitlines()]
+
+
+def test_every_metric_is_explained():
+    for metric in METRICS:
+        assert f"| `{metric.name}` | {metric.unit} | {metric.doc} |" in TEXT
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in LINES if re.match(r"python (train|evaluate|export)\.py", line)]
+)
+def test_commands_parse(line):
+    words = shlex.split(line)
+    name = words[1].removesuffix(".py")
+    assert name in COMMANDS
+    module = __import__(f"servegym.commands.{name}", fromlist=["Command"])
+    tyro.cli(module.Command, args=words[2:])  # leaves with an error message where a flag is unknown
+
+
+def test_mentioned_files_exist():
+    for name in re.findall(r"\b(?:benchmarks|envs|agents|models|runtime)/[\w/]+\.py\b", TEXT):
+        assert (ROOT / name).is_file(), name
+    for target in re.findall(r"^make ([\w-]+)", BLOCKS, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
