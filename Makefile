@@ -29,7 +29,8 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy -p servegym
+	$(PIP) install --quiet --upgrade --no-deps --target build/typecheck .
+	cd build/typecheck && $(abspath $(PY)) -m mypy --config-file ../../pyproject.toml -p servegym
 
 bench: $(INSTALLED)
 	set -e; for file in benchmarks/*.py; do $(PY) $$file; done

@@ -15,16 +15,20 @@ Observation = Mapping[str, np.ndarray]
 
 
 class Policy(Protocol):
-    """A decision rule over batches of lanes.
+    """A decision rule over batches of lanes."""
 
-    Attributes:
-        name: the name that tables and flags use.
-        needs_oracle: True for rules that read `obs["oracle"]`, [B, I] seconds of work truly left on each
-            instance, which no deployment knows; only evaluation asks the environment for it.
-    """
+    @property
+    def name(self) -> str:
+        """The name that tables and flags use."""
+        ...
 
-    name: str
-    needs_oracle: bool
+    @property
+    def needs_oracle(self) -> bool:
+        """True for rules that read `obs["oracle"]`, [B, I] seconds of work truly left on each instance.
+
+        No deployment knows it; only evaluation asks the environment for it.
+        """
+        ...
 
     def reset(self, lanes: int, seed: int) -> None:
         """Forget everything and prepare for `lanes` parallel clusters."""

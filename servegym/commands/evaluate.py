@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -89,7 +90,11 @@ class Command(Setup):
         ]
 
     def _play(
-        self, heuristics: list[Policy], learned: list[Policy], scenario: Scenario, settings: list[Setting]
+        self,
+        heuristics: Sequence[Policy],
+        learned: Sequence[Policy],
+        scenario: Scenario,
+        settings: list[Setting],
     ) -> list[Table]:
         with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
             return compare(

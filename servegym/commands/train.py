@@ -158,8 +158,11 @@ class Command(Setup):
     def _settings(self, scenario: Scenario) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
         names = ("n_timesteps", "n_envs", "episodes", "seed")
-        tables = {"scenario": scenario, "ppo": self._config(scenario), "network": self.network}
-        settings = {name: asdict(table) for name, table in tables.items()}
+        settings = {
+            "scenario": asdict(scenario),
+            "ppo": asdict(self._config(scenario)),
+            "network": asdict(self.network),
+        }
         return json.loads(json.dumps(settings | {name: getattr(self, name) for name in names}))
 
     def _check_settings(self, scenario: Scenario, folder: Path) -> None:
