@@ -19,12 +19,16 @@ class PPOConfig:
     """Decisions of a minibatch."""
     n_epochs: int = 2
     """Passes over a roll-out; the model of the cluster is so fast that fresh decisions beat old ones."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Step size of Adam at the start."""
     anneal: bool = True
     """Let the step size fall linearly to 0 at the last decision."""
-    beta: float = 0.02
-    """Discount rate, 1/s: a reward t seconds ahead counts exp(-beta t). Scenarios say theirs."""
+    beta: float = 0.3
+    """Discount rate, 1/s: a reward t seconds ahead counts exp(-beta t).
+
+    Scenarios say theirs. A decision matters for about as long as its request runs; a much longer horizon
+    buries it under what arrives meanwhile.
+    """
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation, per decision."""
     clip_range: float = 0.2

@@ -1,5 +1,9 @@
 """The three forms of the network are one function, and it has the symmetries of its input."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -159,6 +163,11 @@ def test_same_cluster_at_another_size_looks_alike(observation):
     different = torch.nonzero((a - b).abs()[0] > 1e-6)[:, 0]
     assert different.tolist() == [count]
     assert a[0, count] == pytest.approx(np.log1p(8 / 16))
+
+
+def test_numpy_form_needs_no_torch():
+    code = "import sys, servegym.models.numpy_policy; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_same_seed_same_network():
