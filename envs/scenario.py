@@ -43,7 +43,8 @@ class Scenario:
         slo: service level of every class without an entry in `class_slo`.
         class_slo: service levels by class name.
         reward: `latency` or `goodput`; formulas in `servegym.envs.cluster.reward`.
-        beta: discount rate of the semi-Markov process, 1/s.
+        beta: discount rate of the semi-Markov process, 1/s. A decision is felt for the seconds that its request
+            lives; with a horizon much beyond that (0.02/s was tried) training on mixed fleets diverged.
         scrape_s: period of the metrics scrape, seconds; 0 reads them fresh at every decision.
         noise: relative standard error of scraped metrics.
         prediction_error: standard deviation of the log of the output-length prediction's factor.
@@ -60,7 +61,7 @@ class Scenario:
     slo: Slo = field(default_factory=Slo)
     class_slo: dict[str, Slo] = field(default_factory=dict)
     reward: str = "latency"
-    beta: float = 0.02
+    beta: float = 0.3
     scrape_s: float = 0.2
     noise: float = 0.0
     prediction_error: float = 0.5
