@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 import servegym
+from servegym.errors import InputError
 
 WIDTH = 160
 
@@ -26,6 +27,17 @@ def console() -> Console:
 def say(text: str) -> None:
     """Print a line as it is."""
     console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def check_folder(name: str) -> None:
+    """Find out before the work that its results can be written.
+
+    Raises:
+        InputError: for a path that leads through a file.
+    """
+    for path in (Path(name), *Path(name).parents):
+        if path.exists() and not path.is_dir():
+            raise InputError("servegym", "log_folder", name, f"{path} is a file; give a folder")
 
 
 def write_text(path: Path, text: str) -> None:

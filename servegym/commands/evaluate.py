@@ -18,7 +18,7 @@ from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.evaluation import Setting, Table, as_json, compare, load_of
-from servegym.files import command_line, console, git_revision, trace_hashes, write_json
+from servegym.files import check_folder, command_line, console, git_revision, trace_hashes, write_json
 from servegym.flags import Setup
 from servegym.loading import load_agent
 from servegym.report import plot, render
@@ -53,6 +53,7 @@ class Command(Setup):
 
     def run(self) -> int:
         """Evaluate, print, write."""
+        check_folder(self.log_folder)
         scenario = self._scenario()
         heuristics = [make_heuristic(name) for name in self.policies or heuristic_names()]
         learned = [load_agent(path) for path in self.trained_agent]

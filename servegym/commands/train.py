@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
+import torch
 import tyro
 
 from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, read_info
@@ -16,7 +17,7 @@ from servegym.envs.cluster.vector import DispatchVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.evaluation import Table, as_json
-from servegym.files import command_line, console, git_revision, say
+from servegym.files import check_folder, command_line, console, git_revision, say
 from servegym.flags import Setup
 from servegym.models.config import NetworkConfig
 from servegym.report import render
@@ -109,6 +110,11 @@ class Command(Setup):
         for name in ("n_timesteps", "n_envs", "episodes", "num_threads", "eval_episodes", "save_freq"):
             if getattr(self, name) < 1:
                 raise InputError("train", name, getattr(self, name), "must be at least 1")
+        for name in ("beta", "num_threads"):  # one value for the environment and for PPO
+            if getattr(self.ppo, name) != getattr(PPOConfig(), name):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError("train", f"ppo.{name}", getattr(self.ppo, name), f"say {flag} instead")
+        _check_device(self.device)
         if self.resume and self.algo != "ppo":
             raise InputError("train", "algo", self.algo, "only ppo can be resumed")
         for name in ("eval_freq", "seed"):
@@ -117,6 +123,7 @@ class Command(Setup):
         return self.resolve(**({} if self.loads is None else {"loads": self.loads}))
 
     def _folder(self, scenario: Scenario) -> Path:
+        check_folder(self.log_folder)
         folder = Path(self.log_folder) / self.env.rsplit("/", 1)[-1] / self._policy_name(scenario)
         if (folder / "config.json").is_file() and not self.resume:
             raise InputError(
@@ -198,6 +205,17 @@ class Command(Setup):
 
     def _policy_name(self, scenario: Scenario) -> str:
         return f"{self.name or f'{self.algo}-{scenario.name}'}-s{self.seed}"
+
+
+def _check_device(name: str) -> None:
+    try:
+        kind = torch.device("cpu" if name == "auto" else name).type
+    except RuntimeError as error:
+        raise InputError(
+            "train", "device", name, "give a name that torch knows, such as cpu or cuda"
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("train", "device", name, "torch sees no such device; give cpu")
 
 
 def _maskable() -> Callable[..., Agent]:

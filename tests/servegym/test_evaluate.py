@@ -110,6 +110,7 @@ BAD = {
     "agent": (["-i", "no/such/folder"], "no/such/folder"),
     "load": (["--loads", "-1"], "loads = -1.0"),
     "rate": (["--rates", "nan"], "rates = nan"),
+    "log folder": (["-f", f"{__file__}/below"], "is a file"),
     "seeds": (["--seeds", "0"], "seeds = 0"),
     "profile": (["--cluster", "4xtpu"], "tpu"),
     "environment": (["--env", "CartPole-v1"], "CartPole-v1"),

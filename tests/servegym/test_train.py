@@ -95,6 +95,9 @@ BAD = {
     "decisions": (["-n", "0"], "n_timesteps = 0"),
     "profile": (["--cluster", "4xtpu"], "tpu"),
     "fleet": (["--cluster", "0xa100-llama-3.1-8b"], "COUNTxPROFILE"),
+    "device": (["--device", "abacus"], "device = 'abacus'"),
+    "discount": (["--ppo.beta", "0.5"], "--beta"),
+    "log folder": (["-f", __file__], "is a file"),
     "workload": (["--workload", "no_such"], "no_such"),
     "trace": (["--workload", "no/such.csv"], "no/such.csv"),
 }
