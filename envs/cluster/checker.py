@@ -60,7 +60,7 @@ def _play(env: VectorEnv, mode: AutoresetMode, seed: int, max_steps: int) -> lis
             assert (reward[resetting] == 0).all(), f"step {len(steps)}: reward in the step of a reset"
             resetting = done
         ended |= done
-        beyond += ended.all()
+        beyond += bool(ended.all())
         steps.append(step)
     return steps
 

@@ -116,9 +116,7 @@ def fits(world, l, i, r):
     lane = world.lane[l]
     setting = world.setting[lane.fleet, i]
     row = world.row[lane.first_row + r]
-    return (
-        engine.blocks_of(setting.block_tokens, row.prompt + row.output) <= setting.blocks - setting.watermark
-    )
+    return row.prompt + row.output <= (setting.blocks - setting.watermark) * setting.block_tokens
 
 
 @kernel

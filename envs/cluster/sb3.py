@@ -38,7 +38,7 @@ class ServeGymVecEnv(VecEnv):
 
     def reset(self) -> dict[str, np.ndarray]:
         """Start a new episode on every lane, with the seeds of `seed` where it was called."""
-        seeds = None if self._seeds[0] is None else self._seeds
+        seeds = [seed for seed in self._seeds if seed is not None] or None
         obs, _ = self.vector_env.reset(seed=seeds)
         self._mask = obs["mask"]
         self.reset_infos = [{} for _ in range(self.num_envs)]
@@ -58,7 +58,7 @@ class ServeGymVecEnv(VecEnv):
         done = terminated | truncated
         for lane in np.flatnonzero(done):
             infos[lane]["terminal_observation"] = {
-                name: info["final_obs"][name][lane].copy() for name in self.observation_space
+                name: info["final_obs"][name][lane].copy() for name in obs
             }
             infos[lane]["TimeLimit.truncated"] = bool(truncated[lane] and not terminated[lane])
         return obs, reward.astype(np.float32), done, infos

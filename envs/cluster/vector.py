@@ -93,6 +93,7 @@ class DispatchVectorEnv(VectorEnv):
         fleets = [parse_cluster(text) for text in self.scenario.clusters]
         self.num_instances = max(*map(len, fleets), *(len(e.cluster) for e in bank))
         self.single_observation_space = observation_space(self.num_instances, oracle=oracle)
+        self._names = tuple(self.single_observation_space.spaces)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = spaces.Discrete(self.num_instances + 1)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -232,7 +233,7 @@ class DispatchVectorEnv(VectorEnv):
             other.result()
 
     def _observation(self, frame: Frame) -> dict[str, np.ndarray]:
-        arrays = {name: getattr(frame, name) for name in self.single_observation_space}
+        arrays = {name: getattr(frame, name) for name in self._names}
         return {name: array.copy() for name, array in arrays.items()} if self.copy else arrays
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:

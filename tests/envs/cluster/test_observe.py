@@ -6,8 +6,10 @@ import pytest
 from servegym.envs.cluster import observe, schema
 from servegym.envs.cluster.env import DispatchEnv
 from servegym.envs.cluster.episode import Episode, make_episodes
-from servegym.envs.cluster.spec import ClusterSpec
+from servegym.envs.cluster.spec import ClusterSpec, parse_cluster
 from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.costs import cost_tables, load_profile
+from servegym.envs.costs.model import iteration_ps
 from servegym.envs.scenario import Scenario, Slo
 from servegym.envs.workloads.workload import make_workload
 
@@ -182,6 +184,24 @@ def test_scraped_metrics_are_those_of_the_last_tick():
     for phase, values in zip(phases, ticks.values(), strict=True):
         np.testing.assert_allclose(values, phase, atol=1e-4)
     assert len({round(p, 3) for p in phases}) == 3, "instances are read out of step"
+
+
+def test_step_times_are_those_of_the_cost_model():
+    """At every decision, for both kinds of instance, with and without the request."""
+    scenario = small(scrape_s=0.0)
+    specs = parse_cluster(scenario.clusters[0]).instances
+    tables = [cost_tables([load_profile(s.profile)], 8192, 1024) for s in specs]
+    rows, _ = walk(scenario)
+    for obs in rows[::5]:
+        prompt = int(obs["requests"][0, 0])
+        for i, node in enumerate(obs["instances"]):
+            n, context = int(node[observe.INFLIGHT]), int(node[observe.CONTEXT_TOKENS])
+            if n:
+                step = iteration_ps(tables[i], 0, n, context, context // n, n, n, 0)
+                assert node[observe.DECODE_STEP] == pytest.approx(step * 1e-12, rel=1e-6)
+            n, context = n + 1, context + prompt
+            step = iteration_ps(tables[i], 0, n, context, context // n, n, n, 0)
+            assert obs["edges"][i + 1, observe.STEP_AFTER] == pytest.approx(step * 1e-12, rel=1e-6)
 
 
 def test_fresh_metrics_without_a_period():

@@ -280,6 +280,20 @@ def test_make_vec_and_gymnasium_wrappers(episodes):
     assert infos[1]["episode"]["l"] == 4
 
 
+def test_padding_is_clean_after_a_larger_fleet(episodes):
+    large, small = (next(e for e in episodes if len(e.cluster) == n) for n in (3, 2))
+    env = DispatchVectorEnv(1, MIXED, episodes=[large, small], oracle=True, max_episode_steps=9)
+    obs, _ = env.reset(seed=0)
+    sizes = []
+    while len(set(sizes)) < 2 or sizes[-1] == 3:
+        sizes.append(int(obs["instance_mask"].sum()))
+        for name in ("instances", "oracle", "instance_mask"):
+            assert (obs[name][0, sizes[-1] :] == 0).all()
+        for name in ("edges", "mask"):
+            assert (obs[name][0, sizes[-1] + 1 :] == 0).all()
+        obs, *_ = env.step(np.full(1, sizes[-1]))
+
+
 def test_larger_fleets_than_the_scenario_names(episodes):
     """A policy trained on small fleets plays on large ones: arrays grow with the episodes."""
     env = DispatchVectorEnv(1, Scenario(clusters=("1xa100-llama-3.1-8b",)), episodes=episodes)
