@@ -1,8 +1,8 @@
 # make train: from a fresh clone to a table in which a freshly trained policy stands beside the heuristics.
 PYTHON ?= python3
 VENV ?= .venv
-STEPS ?= 1000000
-TRAIN ?= --n-envs 64 --ppo.n-steps 256 --ppo.gae-lambda 0.99 --beta 0.1
+STEPS ?= 500000
+TRAIN ?= --n-envs 64 --ppo.n-steps 256 --ppo.gae-lambda 0.995 --ppo.learning-rate 1e-3 --beta 0.02
 RUN ?= runs/quickstart
 # Without an NVIDIA driver the CPU build of torch saves gigabytes; TORCH_INDEX= leaves the choice to pip.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
