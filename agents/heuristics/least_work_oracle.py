@@ -3,7 +3,7 @@
 As `least_work_predicted`, with the simulator's word for the work that is left: the gap between the two is
 what better predictions could give.
 
-    argmin_i  true_seconds_left_i + prefill_s_i + predicted_output * step_after_s_i / (n_i + 1)
+    argmin_i  true_seconds_left_i + prefill_s_i + predicted_output / decode_tokens_per_s_i
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ class LeastWorkOracle(Rule):
     needs_oracle = True
 
     def cost(self, view: View) -> np.ndarray:
-        """Seconds until the instance is idle, [B, I]."""
+        """Seconds of work, [B, I]."""
         return view.oracle(self.name) + own_work_s(view)

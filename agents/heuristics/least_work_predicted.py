@@ -1,11 +1,11 @@
-"""Least predicted work: the instance that would be done first with all that it has and this request.
+"""Least predicted work: the instance with the fewest seconds of work, this request's included.
 
 Least work left (Harchol-Balter, "Performance Modeling and Design of Computer Systems", 2013, chapter 24)
 with predicted output lengths; this request's own work is added, so that on a mixed fleet an idle fast
-instance comes before an idle slow one. A decode step yields one token for each request in flight.
+instance comes before an idle slow one. Output tokens are worth seconds at the instance's decode speed for a
+fixed batch: at the speed of the present batch, an instance would look faster the more requests it has.
 
-    argmin_i  queue_s_i + predicted_tokens_i * step_s_i / n_i
-              + prefill_s_i + predicted_output * step_after_s_i / (n_i + 1)
+    argmin_i  queue_s_i + prefill_s_i + (predicted_tokens_i + predicted_output) / decode_tokens_per_s_i
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ class LeastWorkPredicted(Rule):
     name = "least_work_predicted"
 
     def cost(self, view: View) -> np.ndarray:
-        """Predicted seconds until the instance is idle, [B, I]."""
-        step = view.instance("decode_step_s") / np.maximum(view.instance("inflight"), 1.0)
-        left = view.edge("queue_s") + view.instance("inflight_predicted_tokens") * step
-        return left + own_work_s(view)
+        """Predicted seconds of work, [B, I]."""
+        left = view.instance("inflight_predicted_tokens") / decode_speed(view)
+        return view.edge("queue_s") + left + own_work_s(view)
+
+
+def decode_speed(view: View) -> np.ndarray:
+    """Decode tokens/s of each instance, [B, I]; 1 where the row is padding."""
+    return np.maximum(view.instance("decode_tokens_per_s"), 1.0)
 
 
 def own_work_s(view: View) -> np.ndarray:
     """Predicted seconds of work that this request adds to each instance, [B, I]."""
-    step = view.edge("step_after_s") / (view.instance("inflight") + 1.0)
-    return view.edge("prefill_s") + view.request("predicted_output_tokens") * step
+    return view.edge("prefill_s") + view.request("predicted_output_tokens") / decode_speed(view)

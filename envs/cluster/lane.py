@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from servegym.envs.cluster import engine, prefix
-from servegym.envs.cluster.kernel import kernel, parallel_kernel
+from servegym.envs.cluster.kernel import inlined, kernel, parallel_kernel
 from servegym.envs.cluster.scrape import scrape, start_scrape
 from servegym.envs.cluster.state import NEVER, NONE
 
@@ -35,7 +35,10 @@ def restart(world, l, episode):
     lane.live_weight = lane.cost = lane.gain = lane.arrival_rate = lane.prompt_rate = 0.0
     lane.history_second = 0
     world.history[l, :] = 0.0
+    lane.longest_output = e.longest_output
+    lane.room = 0
     for i in range(lane.instances):
+        lane.room = max(lane.room, _room(world.setting[lane.fleet, i]))
         _restart_instance(world, l, i, e.prefix_tokens)
     for r in range(e.rows):
         req = world.req[l, r]
@@ -112,11 +115,19 @@ def _take_arrival(world, l, at, r):
 
 @kernel
 def fits(world, l, i, r):
-    """Whether instance i can ever hold request r's prompt and output."""
+    """Whether instance i may get request r: it can hold the prompt and the longest output of the workload.
+
+    A router does not know how long the output will be. The largest instance may get every request.
+    """
     lane = world.lane[l]
-    setting = world.setting[lane.fleet, i]
-    row = world.row[lane.first_row + r]
-    return row.prompt + row.output <= (setting.blocks - setting.watermark) * setting.block_tokens
+    tokens = min(world.row[lane.first_row + r].prompt + lane.longest_output, lane.room)
+    return tokens <= _room(world.setting[lane.fleet, i])
+
+
+@inlined
+def _room(setting):
+    """Tokens that an instance can hold when nothing else is there."""
+    return (setting.blocks - setting.watermark) * setting.block_tokens
 
 
 @kernel

@@ -30,7 +30,7 @@ from servegym.envs.costs.model import prefill_ps
 
 (
     RUNNING, WAITING, KV_USAGE, PREEMPTIONS, SCRAPE_AGE, INFLIGHT, PREFILL_TOKENS, CONTEXT_TOKENS,
-    PREDICTED_TOKENS, KV_CAPACITY, TOKEN_BUDGET, MAX_SEQS, PREFILL_SPEED, DECODE_STEP, AVAILABLE,
+    PREDICTED_TOKENS, KV_CAPACITY, TOKEN_BUDGET, MAX_SEQS, PREFILL_SPEED, DECODE_SPEED, DECODE_STEP, AVAILABLE,
 ) = range(len(schema.INSTANCE))  # fmt: skip
 IS_DEFAULT, PREFIX_HIT, QUEUE, PREFILL, STEP_AFTER, KV_AFTER, SESSION_LAST = range(len(schema.EDGE))
 INSTANCES, ARRIVAL_RATE, ARRIVAL_TOKENS, SINCE_LAST, ALL_INFLIGHT = range(len(schema.GLOBAL))
@@ -115,6 +115,7 @@ def start_frame(world, frame, l):
         node[TOKEN_BUDGET] = setting.budget
         node[MAX_SEQS] = setting.max_seqs
         node[PREFILL_SPEED] = setting.prefill_tokens_per_s
+        node[DECODE_SPEED] = setting.decode_tokens_per_s
         node[AVAILABLE] = 1.0
         frame.instance_mask[l, i] = 1
 
@@ -295,8 +296,7 @@ def _prefill_s(world, p, uncached, past, budget):
 def _oracle(world, l, i):
     """Seconds of work truly left on an instance: what no deployment knows.
 
-    prompt tokens to compute / prefill_tokens_per_s + output tokens to come x decode_step_s(n, context) / n
-    for the n requests that are there now, so that work is measured at the present degree of batching.
+    prompt tokens to compute / prefill_tokens_per_s + output tokens to come / decode_tokens_per_s
     """
     lane = world.lane[l]
     inst = world.instance[l, i]
@@ -316,7 +316,4 @@ def _oracle(world, l, i):
         prompt += row.prompt + world.req[l, r].done
         output += row.output - world.req[l, r].done
         r = world.req[l, r].next
-    n = min(inst.inflight, setting.max_seqs)
-    context = min(inst.prompt_tokens + inst.streamed_tokens, setting.blocks * setting.block_tokens)
-    step, _ = _step_s(world, setting.profile, n, context, 0)
-    return prompt / setting.prefill_tokens_per_s + output * step / n
+    return prompt / setting.prefill_tokens_per_s + output / setting.decode_tokens_per_s

@@ -53,16 +53,33 @@ INSTANCE = (
     Feature("running", "requests", "vllm:num_requests_running, as last scraped", 4.0, "log"),
     Feature("waiting", "requests", "vllm:num_requests_waiting, as last scraped", 1.0, "log"),
     Feature("kv_usage", "fraction", "vllm:kv_cache_usage_perc, as last scraped"),
-    Feature("preemptions", "requests", "vllm:num_preemptions_total, rise between the last two scrapes", 1.0, "log"),
+    Feature(
+        "preemptions", "requests", "vllm:num_preemptions_total, rise between the last two scrapes", 1.0, "log"
+    ),
     Feature("scrape_age", "s", "router's clock"),
     Feature("inflight", "requests", "router's book-keeping: sent and not finished", 4.0, "log"),
-    Feature("inflight_prefill_tokens", "tokens", "router: prompts sent whose first token has not come", 512.0, "log"),
-    Feature("inflight_context_tokens", "tokens", "router: prompt and streamed tokens in flight", 4096.0, "log"),
+    Feature(
+        "inflight_prefill_tokens",
+        "tokens",
+        "router: prompts sent whose first token has not come",
+        512.0,
+        "log",
+    ),
+    Feature(
+        "inflight_context_tokens", "tokens", "router: prompt and streamed tokens in flight", 4096.0, "log"
+    ),
     Feature("inflight_predicted_tokens", "tokens", "router: predicted output still to come", 512.0, "log"),
     Feature("kv_capacity_tokens", "tokens", "vllm:cache_config_info blocks times block size", 65536.0, "log"),
     Feature("token_budget", "tokens", "engine argument max_num_batched_tokens", 2048.0, "log"),
     Feature("max_seqs", "requests", "engine argument max_num_seqs", 256.0, "log"),
     Feature("prefill_tokens_per_s", "tokens/s", "profile: one full chunk without past", 16384.0, "log"),
+    Feature(
+        "decode_tokens_per_s",
+        "tokens/s",
+        "profile: 64 requests (at most max_seqs) of 1,024 tokens decode",
+        2048.0,
+        "log",
+    ),
     Feature("decode_step_s", "s", "profile at the requests and context in flight", 0.02, "log"),
     Feature("available", "0 or 1", "health check; 0 while failed, starting or draining"),
 )

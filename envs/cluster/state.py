@@ -30,15 +30,16 @@ ROW = _record(
     priority="i8", turn="i8", klass="i8", slo_ttft="f8", slo_tpot="f8", weight="f8",
 )  # fmt: skip
 # A workload (its rows, its prefix block) on a fleet: what a lane plays from reset to end.
-EPISODE = _record(first_row="i8", rows="i8", fleet="i8", prefix_tokens="i8")
+EPISODE = _record(first_row="i8", rows="i8", fleet="i8", prefix_tokens="i8", longest_output="i8")
 # Settings of an instance in a fleet; `profile` indexes the cost tables.
 SETTING = _record(
     profile="i8", blocks="i8", block_tokens="i8", budget="i8", max_seqs="i8", watermark="i8",
     by_priority="i8", reserve="i8", caching="i8", prefill_tokens_per_s="f8",
+    decode_tokens_per_s="f8",
 )  # fmt: skip
 LANE = _record(
     now="i8", episode="i8", plays="i8", first_row="i8", rows="i8", fleet="i8", instances="i8",
-    next_row="i8", sleeping="i8", unfinished="i8", pending="i8", default="i8", turn="i8", seed="i8",
+    next_row="i8", sleeping="i8", unfinished="i8", pending="i8", default="i8", turn="i8", seed="i8", room="i8", longest_output="i8",
     decided_at="i8", accrued_at="i8", live_weight="f8", cost="f8", gain="f8", decisions="i8",
     history_second="i8", last_arrival="i8", arrival_rate="f8", prompt_rate="f8", admissions="i8",
 )  # fmt: skip

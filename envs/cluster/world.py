@@ -27,12 +27,13 @@ from servegym.envs.cluster.state import (
     World,
 )
 from servegym.envs.costs import Profile, cost_tables, load_profile
-from servegym.envs.costs.model import CostTables, iteration_ps, prefill_ps
+from servegym.envs.costs.model import CostTables, iteration_ps, prefill_ps, stretch_ps
 from servegym.envs.scenario import Slo
 from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
 
 DEFAULT_SLO = Slo()
+DECODE_REQUESTS, DECODE_CONTEXT = 64, 1024  # the batch at which decode_tokens_per_s is quoted
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def build_world(
     tables = cost_tables(
         [profiles[n] for n in names], int(settings["budget"].max()), int(settings["max_seqs"].max())
     )
-    _measure_prefill(settings, tables)
+    _measure_speeds(settings, tables)
     sizes = np.array([len(c) for c in clusters], np.int64)
     predicted = {id(e.workload): e.predicted_output for e in episodes}
     rows, prefixes, starts = _rows(workloads, predicted, slo, class_slo or {})
@@ -145,18 +146,21 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
     require(spec.queue in QUEUE_POLICIES, "queue", spec.queue, f"choose one of {', '.join(QUEUE_POLICIES)}")
     return (
         index, blocks, spec.block_tokens, budget, max_seqs, int(spec.watermark * blocks),
-        spec.queue == "priority", spec.reserve_prompt, cluster.prefix_caching, 0.0,
+        spec.queue == "priority", spec.reserve_prompt, cluster.prefix_caching, 0.0, 0.0,
     )  # fmt: skip
 
 
-def _measure_prefill(settings: np.ndarray, tables: CostTables) -> None:
-    """Fill in each instance's prefill speed: tokens/s of one full chunk without past."""
+def _measure_speeds(settings: np.ndarray, tables: CostTables) -> None:
+    """Fill in each instance's tokens/s: prefill of one full chunk, decode of requests of the reference length."""
     for setting in settings.reshape(-1):
         if setting["budget"] == 0:
             continue  # padding of a smaller fleet
         p, budget = int(setting["profile"]), int(setting["budget"])
         ps = iteration_ps(tables, p, 0, 0, 0, budget, 1, prefill_ps(tables, p, budget, 0))
         setting["prefill_tokens_per_s"] = budget / (ps / PS)
+        n = min(DECODE_REQUESTS, int(setting["max_seqs"]))
+        length = max(1, min(DECODE_CONTEXT, int(setting["blocks"] * setting["block_tokens"]) // n))
+        setting["decode_tokens_per_s"] = n / (stretch_ps(tables, p, n, n * length, length, 1) / PS)
 
 
 def _rows(
@@ -222,6 +226,7 @@ def _episodes(
         entry["first_row"], entry["rows"] = starts[workload_index[id(w)]], len(w)
         entry["fleet"] = cluster_index[id(episode.cluster)]
         entry["prefix_tokens"] = w.prefix_block_tokens
+        entry["longest_output"] = w.max_output_tokens
     return bank
 
 

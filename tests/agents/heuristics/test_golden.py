@@ -18,6 +18,7 @@ INSTANCES = {
     "inflight_predicted_tokens": [600, 1000, 100],
     "kv_capacity_tokens": [10_000, 10_000, 10_000],
     "decode_step_s": [0.03, 0.02, 0.04],
+    "decode_tokens_per_s": [500, 250, 100],
 }
 REQUEST = {"prompt_tokens": 1000, "predicted_output_tokens": 100}
 EDGES = {
@@ -55,9 +56,9 @@ def answer(rule, obs) -> int:
         ("lmetric", {}, 3),  # 1000*7, 1300*6, 1100*5
         ("infaas", {}, 2),  # 6900/6, 8900/2, 5900/3
         ("mooncake", {}, 1),  # 0.10, 0.13, 0.11
-        # left 3.0, 4.09, 1.03; own 0.1+0.5, 0.04+0.4, 0.08+1.0
-        ("least_work_predicted", {}, 3),
-        ("least_work_oracle", {}, 1),  # 1.0+0.6, 1.4+0.44, 0.9+1.08
+        # left 1.2, 4.09, 1.03; own 0.1+0.2, 0.04+0.4, 0.08+1.0
+        ("least_work_predicted", {}, 1),
+        ("least_work_oracle", {}, 1),  # 1.0+0.3, 1.4+0.44, 0.9+1.08
     ],
 )
 def test_formula(observe, name, params, expected):

@@ -14,8 +14,8 @@ from servegym.envs.scenario import Scenario, Slo
 from servegym.envs.workloads.workload import make_workload
 
 FRESH = Scenario(clusters=("1xtoy",), scrape_s=0.0, slo=Slo(ttft_s=2.0, tpot_s=0.1, weight=3.0))
-# capacity, budget, max_seqs, prefill speed of a full chunk of 8 tokens
-SLOW, FAST = [40, 8, 4, 8 / 0.018], [40, 8, 4, 8 / 0.014]
+# capacity, budget, max_seqs, prefill speed of a full chunk of 8 tokens, decode speed of 4 requests
+SLOW, FAST = [40, 8, 4, 8 / 0.018, 4 / 0.014], [40, 8, 4, 8 / 0.014, 4 / 0.012]
 
 
 def same(array, expected):
@@ -28,7 +28,7 @@ COLUMNS = (
         "SCRAPE_AGE": "scrape_age", "INFLIGHT": "inflight", "PREFILL_TOKENS": "inflight_prefill_tokens",
         "CONTEXT_TOKENS": "inflight_context_tokens", "PREDICTED_TOKENS": "inflight_predicted_tokens",
         "KV_CAPACITY": "kv_capacity_tokens", "TOKEN_BUDGET": "token_budget", "MAX_SEQS": "max_seqs",
-        "PREFILL_SPEED": "prefill_tokens_per_s", "DECODE_STEP": "decode_step_s", "AVAILABLE": "available",
+        "PREFILL_SPEED": "prefill_tokens_per_s", "DECODE_SPEED": "decode_tokens_per_s", "DECODE_STEP": "decode_step_s", "AVAILABLE": "available",
     }),
     (schema.EDGE, {
         "IS_DEFAULT": "is_default", "PREFIX_HIT": "prefix_hit_tokens", "QUEUE": "queue_s",
@@ -228,7 +228,7 @@ def test_noise_has_the_stated_spread():
 
 
 def test_oracle_is_the_work_left(toy_instance):
-    """r0 on the slow instance has 2 of its 3 tokens to come at 1.02 s, at 11 ms each."""
+    """r0 on the slow instance has 2 of its 3 tokens to come at 1.02 s; four requests take 14 ms a step."""
     workload = make_workload("toy", [1.0, 1.02, 1.021], [6, 10, 4], [3, 4, 1])
     cluster = ClusterSpec("toy", (toy_instance(1.0), toy_instance(0.5)))
     env = DispatchVectorEnv(
@@ -237,7 +237,7 @@ def test_oracle_is_the_work_left(toy_instance):
     obs, _ = env.reset(seed=0)
     same(obs["oracle"], [[0, 0]])
     obs, *_ = env.step(np.array([1]))
-    same(obs["oracle"], [[2 * 0.011, 0]])
+    same(obs["oracle"], [[2 * 0.014 / 4, 0]])
     obs, *_ = env.step(np.array([2]))
     # r1's first chunk of 8 is under way on the fast one: 2 prompt tokens to start, 4 tokens to come.
-    same(obs["oracle"], [[2 * 0.011, 2 * 0.014 / 8 + 4 * 0.0105]])
+    same(obs["oracle"], [[2 * 0.014 / 4, 2 * 0.014 / 8 + 4 * 0.012 / 4]])
