@@ -422,6 +422,7 @@ def schedule(world, l, i, now):
     if inst.unit_blocks:
         prefix.evict(world, l, i)
     tokens = sequences = inst.running
+    longest = chunk
     if chunk:
         attention += prefill_ps(world, p, chunk, inst.part_done)
         tokens += chunk
@@ -438,6 +439,7 @@ def schedule(world, l, i, now):
         if chunk == 0:
             break
         attention += prefill_ps(world, p, chunk, past)
+        longest = max(longest, chunk)
         tokens += chunk
         sequences += 1
     n = inst.running
@@ -450,7 +452,9 @@ def schedule(world, l, i, now):
     else:
         inst.steps = 1
         top = inst.top + inst.clock
-        inst.until = now + iteration_ps(world, p, n, inst.context, top, tokens, sequences, attention)
+        inst.until = now + iteration_ps(
+            world, p, n, inst.context, top, tokens, sequences, attention, longest
+        )
 
 
 @inlined

@@ -54,4 +54,3 @@ def _compiled(**options: Any) -> Callable[[Callable], Any]:
 # costs nothing. NumPy's error model leaves out the checks for division by zero; every divisor is >= 1.
 kernel = _compiled(_nrt=False, nogil=True)
 inlined = _compiled(_nrt=False, nogil=True, forceinline=True)
-parallel_kernel = _compiled(parallel=True)

@@ -6,11 +6,9 @@ instance), so an iteration that starts at t can serve what arrived at t.
 
 from __future__ import annotations
 
-import numpy as np
-from numba import prange
 
 from servegym.envs.cluster import engine, prefix
-from servegym.envs.cluster.kernel import inlined, kernel, parallel_kernel
+from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.scrape import scrape, start_scrape
 from servegym.envs.cluster.state import NEVER, NONE
 
@@ -205,10 +203,9 @@ def advance(world, l, rule):
             return END
 
 
-@parallel_kernel
+@kernel
 def run_lanes(world, rule):
-    """Play every lane's first episode to its end under a built-in rule, lanes in parallel."""
-    for k in prange(world.lane.shape[0]):
-        l = np.int64(k)  # the loop's own index is unsigned and would compile every kernel once more
+    """Play every lane's first episode to its end under a built-in rule."""
+    for l in range(world.lane.shape[0]):
         restart(world, l, l % world.episode.shape[0])
         advance(world, l, rule)

@@ -28,7 +28,7 @@ def simulate(cluster: ClusterSpec, workload: Workload, rule: str = "round_robin"
 
 
 def simulate_all(episodes: Sequence[Episode], rule: str = "round_robin") -> list[Records]:
-    """Play each episode in a lane of its own, lanes in parallel."""
+    """Play each episode in a lane of its own, one after the other."""
     if rule not in RULES:
         raise InputError("simulate", "rule", rule, f"choose one of {', '.join(RULES)}")
     world = build_world(episodes, len(episodes))

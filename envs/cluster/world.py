@@ -156,7 +156,7 @@ def _measure_speeds(settings: np.ndarray, tables: CostTables) -> None:
         if setting["budget"] == 0:
             continue  # padding of a smaller fleet
         p, budget = int(setting["profile"]), int(setting["budget"])
-        ps = iteration_ps(tables, p, 0, 0, 0, budget, 1, prefill_ps(tables, p, budget, 0))
+        ps = iteration_ps(tables, p, 0, 0, 0, budget, 1, prefill_ps(tables, p, budget, 0), budget)
         setting["prefill_tokens_per_s"] = budget / (ps / PS)
         n = min(DECODE_REQUESTS, int(setting["max_seqs"]))
         length = max(1, min(DECODE_CONTEXT, int(setting["blocks"] * setting["block_tokens"]) // n))

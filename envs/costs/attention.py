@@ -1,6 +1,6 @@
 """Attention of prefill, of decodes, and of both in one kernel, from measured grids.
 
-A joint launch costs prefill + mixed decodes + launch * decodes * chunk tokens: decodes beside a prefill are
+A joint launch costs prefill + mixed decodes + launch * decodes * longest chunk: decodes beside a prefill are
 not split over the device, and every decode gets as many thread blocks as the longest chunk has tiles, all but
 one of which return at once. Both effects are measured; their form is checked on left-out chunks.
 """
@@ -54,11 +54,12 @@ def attention_parts(folder: Path, layers: int) -> tuple[dict[str, Any], dict[str
     prefill = grid(*(x[alone["prefill"]] for x in (c, p, us)))
     keep = (decode[1] >= MIN_CONTEXT) | (decode[1] == 0)
     contexts = decode[1][keep]
+    read = contexts + 1  # kv_decode counts the tokens before; a decode reads its own, too
     chunks = between(prefill[0], CHUNK_END)
     dense = np.stack([power_law(prefill[0], column, chunks) for column in (prefill[2] - floor).T], axis=1)
     fields: dict[str, Any] = {
         "overhead_us": round(layers * floor, 2),
-        "decode_attention": as_surface(decode[0], contexts, layers * (decode[2][:, keep] - floor)),
+        "decode_attention": as_surface(decode[0], read, layers * (decode[2][:, keep] - floor)),
         "prefill_attention": as_surface(chunks, prefill[1], layers * dense),
     }
     errors = {
@@ -70,7 +71,7 @@ def attention_parts(folder: Path, layers: int) -> tuple[dict[str, Any], dict[str
         mixed = _Mixed(c[joint], n[joint], k[joint], us[joint] - _at(prefill, c[joint], p[joint]))
         errors["mixed_attention"] = mixed.error(us[joint], c, joint)
         table = np.stack([extended(mixed.table[1], row, contexts) for row in mixed.table[2]])
-        fields["mixed_attention"] = as_surface(mixed.table[0], contexts, layers * table)
+        fields["mixed_attention"] = as_surface(mixed.table[0], read, layers * table)
         fields["mixed_launch_us"] = float(f"{layers * mixed.launch:.5g}")
     if (folder / "skew.csv").is_file():
         fields |= _skews(folder / "skew.csv", layers, decode, errors)
@@ -127,11 +128,16 @@ class _Mixed:
 def _skews(
     path: Path, layers: int, decode: tuple[np.ndarray, np.ndarray, np.ndarray], errors: dict[str, Error]
 ) -> dict[str, Any]:
-    """Microseconds per token from mean to longest context, by batch, alone and beside prefill."""
+    """Microseconds per token from mean to longest context, by batch, alone and beside prefill.
+
+    Alone, what an unequal batch costs beyond a uniform one is taken from the grid that the model adds it to:
+    a batch measured at the same mean fills another part of its last tiles, a batch of the grid does not.
+    """
     data = read_csv(path, ("n", "ratio", "pc", "kv_big", "kv_mean", "t_mean_us", "t_skew_us"))
     n, share, pc, big, mean, t_mean, t_skew = data.values()
     scale = _repetitions(n, pc, mean, t_mean, decode)
-    slope = (t_skew - t_mean) / scale / np.maximum(big - mean, 1)
+    level = np.where(pc == 0, _between(decode, n, mean), t_mean / scale)
+    slope = (t_skew / scale - level) / np.maximum(big - mean, 1)
     shaped = (share >= LONG_SHARE[0]) & (share <= LONG_SHARE[1])
     fields: dict[str, Any] = {}
     for part, rows in (("decode_skew", pc == 0), ("mixed_skew", pc > 0)):
@@ -141,7 +147,7 @@ def _skews(
         median = np.asarray([np.median(slope[rows & shaped & (n == batch)]) for batch in batches])
         fields[part] = as_curve(batches, layers * np.maximum(median, 0))
         other = rows & ~shaped
-        predicted = t_mean + scale * np.interp(n, batches, np.maximum(median, 0)) * (big - mean)
+        predicted = scale * (level + np.interp(n, batches, np.maximum(median, 0)) * (big - mean))
         errors[part] = relative_error(predicted[other], t_skew[other])
     return fields
 
@@ -157,8 +163,12 @@ def _repetitions(
     rows = (pc == 0) & np.isin(n, decode[0])
     if not rows.any():
         return 1
-    once = [
-        np.interp(x, decode[1], decode[2][i])
-        for i, x in zip(np.searchsorted(decode[0], n[rows]), mean[rows], strict=True)
-    ]
-    return max(1, round(float(np.median(t_mean[rows] / np.asarray(once)))))
+    return max(1, round(float(np.median(t_mean[rows] / _between(decode, n[rows], mean[rows])))))
+
+
+def _between(
+    table: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Values of a grid, on the line between its points."""
+    at_column = np.stack([extended(table[1], row, columns) for row in table[2]], axis=1)
+    return np.asarray([np.interp(x, table[0], us) for x, us in zip(rows, at_column, strict=True)])

@@ -4,12 +4,12 @@ An iteration computes one token for each of `n` decoding requests and any number
 
     iteration = linear[tokens] + head[sequences] + attention
     attention = decode(n, context) alone, or with prefill chunks
-                mixed(n, context) + launch * n * chunk tokens + sum of prefill(chunk, past)
+                mixed(n, context) + launch * n * longest chunk + sum of prefill(chunk, past)
     decode(n, context) = base[n, j] + slope[n, j] * (context - n * knot[j]) + skew[n] * (top - context // n)
 
 `mixed` is of the form of `decode`: one kernel then serves prefill and decodes, it splits no context over the
 device, so that decodes cost up to twice as much, and it launches an empty thread block for each tile of the
-chunk and each decode. `context` is the sum of the KV lengths that the decodes read, `top` the longest of
+longest chunk and each decode. `context` is the sum of the KV lengths that the decodes read, `top` the longest of
 them, and j the segment of the mean context. As a stretch of decode-only iterations goes on, `context` grows
 by n a step and `top - context // n` stays, so the sum over k steps is a closed form per segment. All operands
 are int64: the closed form equals the sum of its steps to the bit on every machine.
@@ -37,7 +37,7 @@ class CostTables(NamedTuple):
         decode_slope: [P, S + 1, J] picoseconds per token of total context beyond the knot.
         decode_skew: [P, S + 1] picoseconds per token by which the longest context exceeds the mean.
         mixed_base, mixed_slope, mixed_skew: the same for decodes in an iteration that prefills, too.
-        mixed_launch: [P] picoseconds per decode and chunk token of such an iteration.
+        mixed_launch: [P] picoseconds per decode and token of the longest chunk of such an iteration.
         chunk_knot: [P, A] new tokens of a prefill chunk, rising from 0.
         past_knot: [P, B] tokens that the chunk attends to beside itself, rising from 0.
         prefill: [P, A, B] prefill attention.
@@ -87,8 +87,8 @@ def decode_ps(tables, p, n, context, top):
 
 
 @inlined
-def mixed_ps(tables, p, n, context, top, chunk_tokens):
-    """Decode attention as `decode_ps`, in an iteration that also prefills `chunk_tokens`."""
+def mixed_ps(tables, p, n, context, top, longest):
+    """Decode attention as `decode_ps`, beside prefill chunks of up to `longest` tokens."""
     if n == 0:
         return 0
     mean = context // n
@@ -98,7 +98,7 @@ def mixed_ps(tables, p, n, context, top, chunk_tokens):
         tables.mixed_base[p, n, j]
         + tables.mixed_slope[p, n, j] * beyond
         + tables.mixed_skew[p, n] * (top - mean)
-        + tables.mixed_launch[p] * n * chunk_tokens
+        + tables.mixed_launch[p] * n * longest
     )
 
 
@@ -118,13 +118,13 @@ def prefill_ps(tables, p, chunk, past):
 
 
 @inlined
-def iteration_ps(tables, p, n, context, top, tokens, sequences, prefill_attention):
+def iteration_ps(tables, p, n, context, top, tokens, sequences, prefill_attention, longest):
     """One iteration: n decodes and prefill chunks whose attention sums to `prefill_attention`.
 
-    `tokens` counts decodes and chunk tokens, `sequences` decodes and chunks.
+    `tokens` counts decodes and chunk tokens, `sequences` decodes and chunks; `longest` is the longest chunk.
     """
     if tokens > n:
-        attention = prefill_attention + mixed_ps(tables, p, n, context, top, tokens - n)
+        attention = prefill_attention + mixed_ps(tables, p, n, context, top, longest)
     else:
         attention = decode_ps(tables, p, n, context, top)
     return tables.linear[p, tokens] + tables.head[p, sequences] + attention

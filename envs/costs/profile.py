@@ -149,7 +149,7 @@ class Profile:
         decode_attention: by batch (rows) and mean context (columns).
         decode_skew: microseconds per token by which the longest context exceeds the mean, by batch.
         mixed_attention, mixed_skew: the same for decodes in an iteration that also prefills; None: as alone.
-        mixed_launch_us: microseconds per decode and chunk token of such an iteration.
+        mixed_launch_us: microseconds per decode and token of the longest chunk of such an iteration.
         swap: device to host and back. network: replica to replica. start: a cold engine, by stage.
     """
 

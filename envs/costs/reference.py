@@ -35,17 +35,18 @@ class ReferenceCosts:
         if not chunks:
             return linear + head + self.decode_ps(p, decode_contexts)
         prefill = sum(self.prefill_ps(p, chunk, past) for chunk, past in chunks)
-        return linear + head + prefill + self.mixed_ps(p, decode_contexts, chunk_tokens)
+        longest = max(chunk for chunk, _ in chunks)
+        return linear + head + prefill + self.mixed_ps(p, decode_contexts, longest)
 
     def decode_ps(self, p: int, contexts: list[int]) -> int:
         """Attention of one new token for each context: by batch and mean context, plus the skew."""
         t = self.tables
         return self._decodes(p, contexts, t.decode_base, t.decode_slope, t.decode_skew)
 
-    def mixed_ps(self, p: int, contexts: list[int], chunk_tokens: int) -> int:
-        """The same in an iteration that prefills, too; each pair of a decode and a chunk token adds to it."""
+    def mixed_ps(self, p: int, contexts: list[int], longest: int) -> int:
+        """The same beside prefill chunks; each pair of a decode and a token of the longest adds to it."""
         t = self.tables
-        launch = int(t.mixed_launch[p]) * len(contexts) * chunk_tokens
+        launch = int(t.mixed_launch[p]) * len(contexts) * longest
         return launch + self._decodes(p, contexts, t.mixed_base, t.mixed_slope, t.mixed_skew)
 
     def _decodes(

@@ -65,7 +65,15 @@ def test_an_iteration_equals_the_reference(table, p, contexts, chunks):
     prefill = sum(model.prefill_ps(table, p, chunk, past) for chunk, past in chunks)
     n, tokens = len(contexts), len(contexts) + sum(chunk for chunk, _ in chunks)
     got = model.iteration_ps(
-        table, p, n, sum(contexts), max(contexts, default=0), tokens, n + len(chunks), prefill
+        table,
+        p,
+        n,
+        sum(contexts),
+        max(contexts, default=0),
+        tokens,
+        n + len(chunks),
+        prefill,
+        max((chunk for chunk, _ in chunks), default=0),
     )
     assert got == ReferenceCosts(table).iteration_ps(p, contexts, chunks)
 

@@ -212,8 +212,8 @@ def test_a_profile_costs_the_same_alone_and_among_others(tables):
             for chunk, past in ((1, 0), (700, 333), (4000, 70_000)):
                 ours, theirs = prefill_ps(tables, p, chunk, past), prefill_ps(alone, 0, chunk, past)
                 assert abs(ours - theirs) <= 2  # a padded knot may round the last picosecond
-                one = iteration_ps(tables, p, *shape, n + 90, n + 1, ours)
-                assert one == iteration_ps(alone, 0, *shape, n + 90, n + 1, ours)
+                one = iteration_ps(tables, p, *shape, n + 90, n + 1, ours, 90)
+                assert one == iteration_ps(alone, 0, *shape, n + 90, n + 1, ours, 90)
 
 
 def test_tables_hold_the_profile_in_picoseconds():
