@@ -6,7 +6,6 @@ instance), so an iteration that starts at t can serve what arrived at t.
 
 from __future__ import annotations
 
-
 from servegym.envs.cluster import engine, prefix
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.scrape import scrape, start_scrape

@@ -197,10 +197,10 @@ def test_step_times_are_those_of_the_cost_model():
         for i, node in enumerate(obs["instances"]):
             n, context = int(node[observe.INFLIGHT]), int(node[observe.CONTEXT_TOKENS])
             if n:
-                step = iteration_ps(tables[i], 0, n, context, context // n, n, n, 0)
+                step = iteration_ps(tables[i], 0, n, context, context // n, n, n, 0, 0)
                 assert node[observe.DECODE_STEP] == pytest.approx(step * 1e-12, rel=1e-6)
             n, context = n + 1, context + prompt
-            step = iteration_ps(tables[i], 0, n, context, context // n, n, n, 0)
+            step = iteration_ps(tables[i], 0, n, context, context // n, n, n, 0, 0)
             assert obs["edges"][i + 1, observe.STEP_AFTER] == pytest.approx(step * 1e-12, rel=1e-6)
 
 
