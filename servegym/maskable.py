@@ -30,7 +30,7 @@ class MaskableTrainer(MaskablePPO):
     Args:
         env: SAME_STEP and `copy=True`, as stable-baselines3 keeps observations across steps.
         network, config, seed, log_dir, track, scenario, command, device: as for `servegym.agents.ppo.PPO`;
-            of the hyperparameters, beta, anneal and num_threads have no counterpart.
+            of the hyperparameters, beta, gae_horizon_s, anneal and num_threads have no counterpart.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class MaskableTrainer(MaskablePPO):
             batch_size=config.batch_size,
             n_epochs=config.n_epochs,
             gamma=GAMMA,
-            gae_lambda=config.gae_lambda,
             clip_range=config.clip_range,
             ent_coef=config.entropy_coef,
             vf_coef=config.value_coef,

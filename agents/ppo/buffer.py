@@ -16,31 +16,37 @@ def gae(
     rewards: np.ndarray,
     values: np.ndarray,
     next_values: np.ndarray,
-    discounts: np.ndarray,
+    elapsed_s: np.ndarray,
     ends: np.ndarray,
-    gae_lambda: float,
+    beta: float,
+    horizon_s: float,
 ) -> np.ndarray:
     """Generalised advantage estimation (arXiv 1506.02438) for a semi-Markov process.
 
-    With decision t at s_t, d_t = exp(-beta * seconds to the next decision), and V the value function:
+    With decision t at s_t, tau_t seconds before the next one, and V the value function:
 
+        d_t     = exp(-beta tau_t),  l_t = exp(-tau_t / horizon)
         delta_t = r_t + d_t V(s_t+1) - V(s_t)
-        A_t     = delta_t + d_t lambda A_t+1        (without the second term where an episode ends)
+        A_t     = delta_t + d_t l_t A_t+1           (without the second term where an episode ends)
+
+    Lambda is a function of time like the discount: a lambda per decision would look further ahead on a small
+    fleet than on a large one, where decisions follow each other faster.
 
     Args:
         rewards: r, float64 [T, B].
         values: V(s_t), [T, B].
         next_values: V(s_t+1), [T, B]: of the final observation where an episode was truncated, 0 where it
             terminated.
-        discounts: d, [T, B].
+        elapsed_s: tau, [T, B].
         ends: bool [T, B], where an episode ended either way.
-        gae_lambda: per decision.
+        beta: discount rate, 1/s.
+        horizon_s: seconds over which returns are trusted before the value function; inf is lambda 1.
 
     Returns:
         Advantages float64 [T, B]; the return that a value function learns is `values` + them.
     """
-    deltas = rewards + discounts * next_values - values
-    carry = discounts * gae_lambda * ~ends
+    deltas = rewards + np.exp(-beta * elapsed_s) * next_values - values
+    carry = np.exp(-(beta + 1.0 / horizon_s) * elapsed_s) * ~ends
     advantages = np.empty_like(deltas)
     ahead = np.zeros(deltas.shape[1])
     for t in reversed(range(len(deltas))):
@@ -95,7 +101,7 @@ class RolloutBuffer:
             self.obs[name] = np.zeros((steps, lanes, *(space[name].shape or ())), space[name].dtype)
         self.actions = np.zeros((steps, lanes), np.int64)
         self.log_probs = np.zeros((steps, lanes), np.float32)
-        self.rewards, self.values, self.next_values, self.discounts = np.zeros((4, steps, lanes))
+        self.rewards, self.values, self.next_values, self.elapsed_s = np.zeros((4, steps, lanes))
         self.ends = np.zeros((steps, lanes), bool)
         self.advantages, self.targets = np.zeros((2, steps, lanes), np.float32)
 

@@ -29,8 +29,8 @@ class PPOConfig:
     Scenarios say theirs. A decision matters for about as long as its request runs; a much longer horizon
     buries it under what arrives meanwhile.
     """
-    gae_lambda: float = 0.95
-    """Lambda of generalised advantage estimation, per decision."""
+    gae_horizon_s: float = 3.0
+    """Horizon of generalised advantage estimation, seconds: lambda = exp(-elapsed / horizon)."""
     clip_range: float = 0.2
     """Bound on the change of the probability ratio."""
     entropy_coef: float = 0.01
@@ -62,5 +62,5 @@ _RANGES: dict[str, tuple[float, float]] = {
     "n_epochs": (1, 1000),
     "num_threads": (1, 1024),
     "learning_rate": (0.0, 1.0),
-    "gae_lambda": (0.0, 1.0),
+    "gae_horizon_s": (1e-6, math.inf),
 }

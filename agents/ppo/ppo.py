@@ -77,7 +77,7 @@ class PPO(OnPolicyAlgorithm):
             learning_rate=LinearSchedule(config.learning_rate, last_rate, 1.0),
             n_steps=config.n_steps,
             gamma=1.0,  # replaced by exp(-beta * elapsed seconds)
-            gae_lambda=config.gae_lambda,
+            gae_lambda=1.0,  # replaced by exp(-elapsed seconds / gae_horizon_s)
             ent_coef=config.entropy_coef,
             vf_coef=config.value_coef,
             max_grad_norm=config.max_grad_norm,
@@ -290,7 +290,7 @@ class PPO(OnPolicyAlgorithm):
     ) -> None:
         buffer = self.buffer
         buffer.rewards[step] = rewards
-        buffer.discounts[step] = np.exp(-self.config.beta * info["elapsed_s"])
+        buffer.elapsed_s[step] = info["elapsed_s"]
         buffer.ends[step] = ends = terminated | truncated
         buffer.next_values[step] = 0.0
         cut = np.flatnonzero(truncated & ~terminated)
@@ -313,8 +313,8 @@ class PPO(OnPolicyAlgorithm):
         last = self._evaluate({name: torch.from_numpy(self.observation[name]) for name in buffer.obs})[1]
         following = np.concatenate([buffer.values[1:], last[None]])
         np.copyto(buffer.next_values, following, where=~buffer.ends)
-        steps = (buffer.rewards, buffer.values, buffer.next_values, buffer.discounts, buffer.ends)
-        advantages = gae(*steps, self.config.gae_lambda)
+        steps = (buffer.rewards, buffer.values, buffer.next_values, buffer.elapsed_s, buffer.ends)
+        advantages = gae(*steps, self.config.beta, self.config.gae_horizon_s)
         returns = buffer.values + advantages
         explained = explained_variance(buffer.values.ravel(), returns.ravel())
         self.logger.record("losses/explained_variance", explained)

@@ -7,16 +7,17 @@ from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae
 
 
 def test_gae_by_hand():
-    """Three decisions, 1 s, 2 s and 1 s apart, at a discount of one half a second, lambda 1/2.
+    """Three decisions, 1 s, 2 s and 1 s apart, at a discount and a lambda of one half a second.
 
     delta_2 = 4 + 1/2 * 8 - 2 = 6            A_2 = 6
-    delta_1 = 2 + 1/4 * 2 - 1 = 1.5          A_1 = 1.5 + 1/4 * 1/2 * 6 = 2.25
-    delta_0 = 1 + 1/2 * 1 - 3 = -1.5         A_0 = -1.5 + 1/2 * 1/2 * 2.25 = -0.9375
+    delta_1 = 2 + 1/4 * 2 - 1 = 1.5          A_1 = 1.5 + 1/4 * 1/4 * 6 = 1.875
+    delta_0 = 1 + 1/2 * 1 - 3 = -1.5         A_0 = -1.5 + 1/2 * 1/2 * 1.875 = -1.03125
     """
-    discounts = np.exp(-np.log(2) * np.array([1.0, 2.0, 1.0]))[:, None]
+    elapsed = np.array([1.0, 2.0, 1.0])[:, None]
+    half = np.log(2)
     rewards, values, after = (np.array(x, float)[:, None] for x in ([1, 2, 4], [3, 1, 2], [1, 2, 8]))
-    advantages = gae(rewards, values, after, discounts, np.zeros((3, 1), bool), 0.5)
-    np.testing.assert_allclose(advantages[:, 0], [-0.9375, 2.25, 6.0])
+    advantages = gae(rewards, values, after, elapsed, np.zeros((3, 1), bool), half, 1 / half)
+    np.testing.assert_allclose(advantages[:, 0], [-1.03125, 1.875, 6.0])
 
 
 @pytest.mark.parametrize(("final_value", "first"), [(0.0, -2.0), (6.0, 1.0)])
@@ -24,7 +25,7 @@ def test_gae_stops_at_the_end_of_an_episode(final_value, first):
     """Termination (nothing follows) and truncation (the final observation's value) differ by that only."""
     rewards, values = np.array([[1.0], [5.0]]), np.array([[3.0], [1.0]])
     after, ends = np.array([[final_value], [0.0]]), np.array([[True], [True]])
-    advantages = gae(rewards, values, after, np.full((2, 1), 0.5), ends, 0.95)
+    advantages = gae(rewards, values, after, np.full((2, 1), np.log(2)), ends, 1.0, 3.0)
     np.testing.assert_allclose(advantages[:, 0], [first, 4.0])
 
 
@@ -33,7 +34,7 @@ def test_gae_with_lambda_one_is_the_discounted_return():
     rewards, values, last = rng.normal(size=(20, 3)), rng.normal(size=(20, 3)), rng.normal(size=3)
     elapsed = rng.exponential(1.0, (20, 3))
     after = np.concatenate([values[1:], last[None]])
-    advantages = gae(rewards, values, after, np.exp(-0.1 * elapsed), np.zeros((20, 3), bool), 1.0)
+    advantages = gae(rewards, values, after, elapsed, np.zeros((20, 3), bool), 0.1, np.inf)
     since = np.concatenate([np.zeros((1, 3)), elapsed.cumsum(0)])
     returns = (np.exp(-0.1 * since[:-1]) * rewards).sum(0) + np.exp(-0.1 * since[-1]) * last
     np.testing.assert_allclose(values[0] + advantages[0], returns)

@@ -85,7 +85,7 @@ def test_truncation_bootstraps_and_termination_does_not(least_inflight):
     np.testing.assert_array_equal(
         buffer.next_values[:-1][~buffer.ends[:-1]], buffer.values[1:][~buffer.ends[:-1]]
     )
-    np.testing.assert_allclose(buffer.discounts, np.exp(-0.5 * 0.1))
+    np.testing.assert_allclose(buffer.elapsed_s, 0.1)
 
 
 def test_rescaling_keeps_the_values(least_inflight):
@@ -146,7 +146,7 @@ def test_refuses_a_reward_that_is_not_finite(least_inflight):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n_steps", 0), ("gae_lambda", 1.5), ("learning_rate", float("nan")), ("n_epochs", 2.5)],
+    [("n_steps", 0), ("gae_horizon_s", 0.0), ("learning_rate", float("nan")), ("n_epochs", 2.5)],
 )
 def test_refuses_bad_hyperparameters(field, value):
     with pytest.raises(InputError, match=field):
