@@ -108,7 +108,7 @@ def set_at(data, path, value):
         (["decode_attention", "columns", 1], -5, "decode_attention.columns[1]"),
         (["decode_attention", "us"], [], "decode_attention.us"),
         (["decode_skew", "us", 0], "fast", "decode_skew.us[0]"),
-        (["mixed_attention", "columns", 1], 65, "mixed_attention.columns"),
+        (["mixed_attention", "columns", 1], 66, "mixed_attention.columns"),
         (["mixed_launch_us"], -0.1, "mixed_launch_us"),
         (["swap", "bytes_per_second"], 0, "swap.bytes_per_second"),
         (["swap", "overlap"], 1.5, "swap.overlap"),
