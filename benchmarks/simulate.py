@@ -5,8 +5,8 @@
 
 A call goes from requests in memory to records (AISimulate: to its summary); compilation is not counted. The
 value is the ratio of whole calls to AISimulate's; without aisimulate, to the figure measured here before. The
-detail also has the ratio of calls without their start-up, which is the CPU time of the same call with the first
-request alone. The last line is JSON.
+detail also has the ratio of calls without their start-up, which is the CPU time of the same call with the
+first request alone. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -53,5 +53,8 @@ class Records:
 
     @property
     def tpot_s(self) -> np.ndarray:
-        """Mean time per output token after the first, float64 [N]; 0 for one-token answers (as in vLLM's benchmark)."""
+        """Mean time per output token after the first, float64 [N].
+
+        0 for one-token answers, as in vLLM's benchmark.
+        """
         return (self.finished_s - self.first_token_s) / np.maximum(self.output_tokens - 1, 1)

@@ -11,6 +11,8 @@ from servegym.errors import InputError
 
 REWARDS = ("latency", "goodput")
 _DIRECTORY = Path(__file__).parent / "scenarios"
+# What TOML gives for a field of this type; tables for all others.
+_KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "tuple": tuple}
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Scenario:
         slo: service level of every class without an entry in `class_slo`.
         class_slo: service levels by class name.
         reward: `latency` or `goodput`; formulas in `servegym.envs.cluster.reward`.
-        beta: discount rate of the semi-Markov process, 1/s. A decision is felt for the seconds that its request
-            lives; with a horizon much beyond that (0.02/s was tried) training on mixed fleets diverged.
+        beta: discount rate of the semi-Markov process, 1/s. A decision is felt for the seconds that its
+            request lives; with a horizon much beyond that (0.02/s was tried) training on mixed fleets
+            diverged.
         scrape_s: period of the metrics scrape, seconds; 0 reads them fresh at every decision.
         noise: relative standard error of scraped metrics.
         prediction_error: standard deviation of the log of the output-length prediction's factor.
@@ -74,14 +77,16 @@ class Scenario:
                 raise InputError(f"scenario {self.name}", name, getattr(self, name), hint)
 
         require(len(self.clusters) > 0, "clusters", "name at least one fleet")
-        require(len(self.loads) == 2 and 0 < self.loads[0] <= self.loads[1], "loads", "give [lowest, highest], both > 0")
+        rising = len(self.loads) == 2 and 0 < self.loads[0] <= self.loads[1]
+        require(rising, "loads", "give [lowest, highest], both > 0")
         require(self.requests > 0, "requests", "an episode has at least one request")
         require(self.reward in REWARDS, "reward", f"choose one of {', '.join(REWARDS)}")
         for name in ("beta", "scrape_s", "noise", "prediction_error"):
             require(getattr(self, name) >= 0, name, "must be >= 0")
         for name, slo in {"slo": self.slo, **self.class_slo}.items():
             if min(slo.ttft_s, slo.tpot_s) <= 0 or slo.weight < 0:
-                raise InputError(f"scenario {self.name}", name, slo, "ttft_s and tpot_s are > 0, weight is >= 0")
+                hint = "ttft_s and tpot_s are > 0, weight is >= 0"
+                raise InputError(f"scenario {self.name}", name, slo, hint)
 
 
 def scenario_names() -> list[str]:
@@ -99,7 +104,8 @@ def load_scenario(name_or_path: str) -> Scenario:
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
-        raise InputError("scenario", "name", name_or_path, f"choose one of {', '.join(scenario_names())} or give a TOML file")
+        hint = f"choose one of {', '.join(scenario_names())} or give a TOML file"
+        raise InputError("scenario", "name", name_or_path, hint)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -138,8 +144,7 @@ def _typed(path: Path, cls: type, raw: dict[str, Any]) -> dict[str, Any]:
             value = float(value)
         if isinstance(value, list):
             value = tuple(value)
-        wanted = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple,
-                  "tuple[float, float]": tuple}.get(kind, dict)
+        wanted = _KINDS.get(kind.partition("[")[0], dict)
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
             raise InputError(path, name, value, f"expected {kind}")
         values[name] = value

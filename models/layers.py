@@ -37,6 +37,9 @@ differs by its edge, where is_default = 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -104,7 +107,8 @@ class GraphParameters(nn.Module):
         self.request_in = nn.Linear(width["requests"], hidden)
         self.context_in = nn.Linear(width["globals"] + width["history"], hidden)
         self.kind = nn.Embedding(len(schema.KINDS), hidden)
-        self.blocks = nn.ModuleList(Block(hidden) for _ in range(config.layers))
+        blocks = nn.ModuleList(Block(hidden) for _ in range(config.layers))
+        self.blocks = cast("Iterable[Block]", blocks)  # ModuleList does not say of what
         self.head_instance = nn.Linear(hidden, hidden, bias=False)
         self.head_request = nn.Linear(hidden, hidden, bias=False)
         self.head_context = nn.Linear(hidden, hidden, bias=False)

@@ -21,11 +21,15 @@ TESTS = "tests/envs/cluster/test_engine.py"
 ENGINE, PREFIX, LANE = "envs/cluster/engine.py", "envs/cluster/prefix.py", "envs/cluster/lane.py"
 MUTATIONS = (
     (ENGINE, "        if blocks < 0:\n", "        if blocks < -1:\n", "a stretch may run one block short"),
-    (ENGINE, "        not preempted\n        and inst.head", "        inst.head", "admission in a step that preempted"),
+    (ENGINE, "        not preempted\n        and inst.head", "        inst.head",
+     "admission in a step that preempted"),
     (ENGINE, "max(gaps[k], gap)", "gap", "the longest gap is the latest"),
-    (ENGINE, "prefix.match(world, l, i, row, goal - 1)", "prefix.match(world, l, i, row, goal)", "a prompt may be all hits"),
-    (PREFIX, "        unit = inst.oldest\n", "        unit = inst.newest\n", "evict the most recently used prefix"),
-    (LANE, "if at <= until and r != NONE:", "if at < until and r != NONE:", "iterations before arrivals at equal times"),
+    (ENGINE, "prefix.match(world, l, i, row, goal - 1)", "prefix.match(world, l, i, row, goal)",
+     "a prompt may be all hits"),
+    (PREFIX, "        unit = inst.oldest\n", "        unit = inst.newest\n",
+     "evict the most recently used prefix"),
+    (LANE, "if at <= until and r != NONE:", "if at < until and r != NONE:",
+     "iterations before arrivals at equal times"),
 )  # fmt: skip
 
 
@@ -48,7 +52,8 @@ def survives(mutation: tuple[str, str, str, str]) -> bool:
         (copy / file).write_text(text.replace(old, new))
         environment = {**os.environ, "PYTHONPATH": folder, "NUMBA_CACHE_DIR": folder}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS]
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode == 0
+        tests = subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False)
+        return tests.returncode == 0
 
 
 def main() -> int:

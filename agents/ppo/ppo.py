@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from gymnasium.spaces import Dict
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -96,7 +97,8 @@ class PPO(OnPolicyAlgorithm):
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5)
         self.normalizer = ReturnNormalizer()
         self.generator = torch.Generator().manual_seed(seed)
-        self.buffer = RolloutBuffer(config.n_steps, self.n_envs, env.single_observation_space)
+        space = cast("Dict", env.single_observation_space)
+        self.buffer = RolloutBuffer(config.n_steps, self.n_envs, space)
         self.rollout_buffer = self.buffer  # type: ignore[assignment]
         self.observation: dict[str, np.ndarray] = {}
         self.episode_return, self.episode_length = np.zeros(self.n_envs), np.zeros(self.n_envs, np.int64)
@@ -159,7 +161,7 @@ class PPO(OnPolicyAlgorithm):
             steps=self.num_timesteps,
             total_steps=self._total_timesteps,
         )
-        states: tuple[Any, ...] = (None, None, None)
+        states: tuple[Any, Any, Any] = (None, None, None)
         if resumable and self.observation:
             lanes = self.vector_env.save_state()  # type: ignore[attr-defined]
             states = optimizer_state(self), trainer_state(self), lanes

@@ -57,9 +57,7 @@ class ServeGymVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{"elapsed_s": elapsed} for elapsed in info["elapsed_s"].tolist()]
         done = terminated | truncated
         for lane in np.flatnonzero(done):
-            infos[lane]["terminal_observation"] = {
-                name: info["final_obs"][name][lane].copy() for name in obs
-            }
+            infos[lane]["terminal_observation"] = {name: info["final_obs"][name][lane].copy() for name in obs}
             infos[lane]["TimeLimit.truncated"] = bool(truncated[lane] and not terminated[lane])
         return obs, reward.astype(np.float32), done, infos
 

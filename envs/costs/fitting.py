@@ -88,8 +88,7 @@ def as_surface(rows: np.ndarray, columns: np.ndarray, us: np.ndarray) -> Surface
         columns, us = np.append(0, columns), np.column_stack([us[:, 0], us])
     if rows[0] > 0:
         rows, us = np.append(0, rows), np.vstack([np.zeros(len(columns)), us])
-    axes = (tuple(int(x) for x in axis) for axis in (rows, columns))
-    return Surface(*axes, tuple(rounded(row) for row in us))
+    return Surface(tuple(map(int, rows)), tuple(map(int, columns)), tuple(rounded(row) for row in us))
 
 
 def rounded(us: np.ndarray) -> tuple[float, ...]:

@@ -28,7 +28,8 @@ COLUMNS = (
         "SCRAPE_AGE": "scrape_age", "INFLIGHT": "inflight", "PREFILL_TOKENS": "inflight_prefill_tokens",
         "CONTEXT_TOKENS": "inflight_context_tokens", "PREDICTED_TOKENS": "inflight_predicted_tokens",
         "KV_CAPACITY": "kv_capacity_tokens", "TOKEN_BUDGET": "token_budget", "MAX_SEQS": "max_seqs",
-        "PREFILL_SPEED": "prefill_tokens_per_s", "DECODE_SPEED": "decode_tokens_per_s", "DECODE_STEP": "decode_step_s", "AVAILABLE": "available",
+        "PREFILL_SPEED": "prefill_tokens_per_s", "DECODE_SPEED": "decode_tokens_per_s",
+        "DECODE_STEP": "decode_step_s", "AVAILABLE": "available",
     }),
     (schema.EDGE, {
         "IS_DEFAULT": "is_default", "PREFIX_HIT": "prefix_hit_tokens", "QUEUE": "queue_s",
