@@ -104,6 +104,7 @@ def replay(folder: Path, run: dict[str, list], profile: Profile) -> tuple[Metric
             token_budget=recorded(folder, engine, "engine_kwargs", "max_num_batched_tokens"),
             max_seqs=recorded(folder, engine, "engine_kwargs", "max_num_seqs"),
             reserve_prompt=scheduler.get("scheduler_reserve_full_isl", True),
+            async_scheduling=scheduler.get("async_scheduling", True),
         )
         caching = cache.get("enable_prefix_caching", True)
         cluster = ClusterSpec(folder.name, (instance,), prefix_caching=caching)

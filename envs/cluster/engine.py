@@ -8,13 +8,19 @@ An iteration schedules, in this order, under a token budget (vLLM v1, `Scheduler
 2. if nothing was preempted: waiting requests in order, while there is budget, a free sequence and room for
    their blocks; the first that does not fit stops the admission.
 
+With asynchronous scheduling (vLLM v1's default) the next iteration is chosen while one runs: requests that
+finish with the one keep their memory and their sequences until the next has been chosen, and a request that
+arrives meanwhile waits one iteration more.
+
 While an instance only decodes, nothing changes but its clock: the engine jumps over the whole stretch, up to
 the first finish or block shortage, and cuts it when a request arrives. Per request it keeps numbers that do
 not change as the clock runs (clock at the finish, length minus clock), so a step costs nothing per request.
 
-Two simplifications, shared with the reference: decodes come before the partial prompt whatever their order
-of admission (the same thing under FCFS, where the partial prompt is the last), and with priorities the rest
-of the batch goes on when a request preempts itself (vLLM leaves the requests behind it out of that step).
+Simplifications, shared with the reference: decodes come before the partial prompt whatever their order of
+admission (the same thing under FCFS, where the partial prompt is the last). With priorities the rest of the
+batch goes on when a request preempts itself (vLLM leaves the requests behind it out of that step).
+Asynchronously, a request that just finishes is never the one preempted, and with priorities one that arrived
+too late holds back those behind it.
 """
 
 from __future__ import annotations
@@ -234,7 +240,7 @@ def _preempt(world, l, i, now):
 
 @kernel
 def _finish(world, l, i, at, now):
-    """The decoding request at position `at` has streamed its last token."""
+    """The request at position `at`, which is returned, has streamed its last token; it keeps its KV."""
     lane = world.lane[l]
     inst = world.instance[l, i]
     r = world.run[l, i, REQUEST, at]
@@ -244,7 +250,6 @@ def _finish(world, l, i, at, now):
     req.done = row.output
     req.gap = world.run[l, i, GAP, at]
     _leave(world, l, i, at)
-    _give_back(world, l, i, r, row.prompt + row.output - 1)
     inst.inflight -= 1
     inst.prompt_tokens -= row.prompt
     inst.predicted_tokens -= row.predicted
@@ -258,6 +263,7 @@ def _finish(world, l, i, at, now):
         lane.gain += row.weight
     if row.next_turn != NONE:
         sleep(world, l, now + world.row[lane.first_row + row.next_turn].gap, row.next_turn)
+    return r
 
 
 @inlined
@@ -408,9 +414,21 @@ def _may_fit_later(inst, setting):
     return inst.head != NONE and inst.unit_blocks > 0 and not setting.reserve
 
 
+@inlined
+def _unseen(world, l, i, seen):
+    """Whether the head of the waiting list arrived after `seen`."""
+    inst = world.instance[l, i]
+    return inst.head != NONE and world.req[l, inst.head].arrived > seen
+
+
 @kernel
-def schedule(world, l, i, now):
-    """Choose what instance i computes next and when that ends."""
+def schedule(world, l, i, now, seen, leaving):
+    """Choose what instance i computes next and when that ends.
+
+    Args:
+        seen: requests that arrived later are not admitted yet.
+        leaving: requests that have finished and still hold their memory.
+    """
     inst = world.instance[l, i]
     setting = _setting(world, l, i)
     p = setting.profile
@@ -433,7 +451,8 @@ def schedule(world, l, i, now):
         and inst.head != NONE
         and tokens < setting.budget
         and inst.part == NONE
-        and sequences < setting.max_seqs
+        and sequences + leaving < setting.max_seqs
+        and not _unseen(world, l, i, seen)
     ):
         chunk, past = _admit(world, l, i, setting.budget - tokens)
         if chunk == 0:
@@ -445,7 +464,13 @@ def schedule(world, l, i, now):
     n = inst.running
     if tokens == 0:
         inst.steps, inst.until = 0, NEVER
-    elif tokens == n and not preempted and not _may_fit_later(inst, setting):
+    elif (
+        tokens == n
+        and not preempted
+        and not leaving
+        and not _unseen(world, l, i, seen)
+        and not _may_fit_later(inst, setting)
+    ):
         steps = _steps_within(world, l, i, before, inst.next_finish - inst.clock)
         inst.steps = steps
         inst.until = now + stretch_ps(world, p, n, inst.context, inst.top + inst.clock, steps)
@@ -503,15 +528,36 @@ def _first_tokens(world, l, i, now):
 
 @inlined
 def _finish_due(world, l, i, now):
-    """Finish the requests that are done, in the order of their numbers."""
+    """Finish the requests that are done, in the order of their numbers.
+
+    Returns:
+        how many, and the first; `next` leads to the others.
+    """
     inst = world.instance[l, i]
+    count, first, last = 0, NONE, NONE
     requests, finishes = world.run[l, i, REQUEST], world.run[l, i, FINISH]
     while inst.next_finish <= inst.clock:
         due = NONE
         for k in range(inst.running):
             if finishes[k] == inst.next_finish and (due == NONE or requests[k] < requests[due]):
                 due = k
-        _finish(world, l, i, due, now)
+        r = _finish(world, l, i, due, now)
+        if last == NONE:
+            first = r
+        else:
+            world.req[l, last].next = r
+        world.req[l, r].next = NONE
+        count, last = count + 1, r
+    return count, first
+
+
+@inlined
+def _drop_finished(world, l, i, r):
+    """Request r and those that `next` leads to give back their KV."""
+    while r != NONE:
+        row = world.row[world.lane[l].first_row + r]
+        _give_back(world, l, i, r, row.prompt + row.output - 1)
+        r = world.req[l, r].next
 
 
 @kernel
@@ -521,8 +567,8 @@ def complete(world, l, i):
     now = inst.until
     scrape(world, l, i, now)
     n, steps = inst.running, inst.steps
+    gap = _last_step_ps(world, l, i)
     if n:
-        gap = _last_step_ps(world, l, i)
         gaps = world.run[l, i, GAP]
         for k in range(n):
             gaps[k] = max(gaps[k], gap)
@@ -537,6 +583,10 @@ def complete(world, l, i):
     inst.clock += steps
     if inst.fresh:
         _first_tokens(world, l, i, now)
-    if inst.next_finish <= inst.clock:
-        _finish_due(world, l, i, now)
-    schedule(world, l, i, now)
+    finished, first = _finish_due(world, l, i, now)
+    inst.until = NEVER
+    if _setting(world, l, i).asynchronous:
+        schedule(world, l, i, now, now - gap, finished)
+    _drop_finished(world, l, i, first)
+    if inst.until == NEVER:
+        schedule(world, l, i, now, now, 0)

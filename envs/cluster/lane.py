@@ -165,7 +165,7 @@ def dispatch(world, l, i):
     inst.predicted_tokens += row.predicted
     engine.enqueue(world, l, i, r)
     if inst.until == NEVER:
-        engine.schedule(world, l, i, now)
+        engine.schedule(world, l, i, now, now, 0)
     else:
         engine.cut(world, l, i, now)
 

@@ -1,7 +1,7 @@
 """The reference simulator: one iteration at a time in plain Python, written to be read.
 
 It is the oracle of the engine, which must produce the same records to the picosecond. Nothing here is fast.
-The rules are those of vLLM v1's scheduler; `engine.py` says which two details are simplified.
+The rules are those of vLLM v1's scheduler; `engine.py` says which details are simplified.
 """
 
 from __future__ import annotations
@@ -95,12 +95,14 @@ class Instance:
         self.budget, self.max_seqs = int(setting["budget"]), int(setting["max_seqs"])
         self.watermark = int(setting["watermark"])
         self.by_priority, self.reserve = bool(setting["by_priority"]), bool(setting["reserve"])
+        self.asynchronous = bool(setting["asynchronous"])
         self.costs = costs
         caching = bool(setting["caching"]) and prefix_tokens > 0
         self.cache = PrefixCache(prefix_tokens, prefix_tokens // self.block_tokens) if caching else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.batch: list[tuple[Request, int]] = []  # requests of the iteration in flight, with their new tokens
+        self.leaving: list[Request] = []  # finished, but too late for the iteration that is chosen now
         self.begin = 0
         self.until: int | None = None
 
@@ -116,7 +118,7 @@ class Instance:
         shared = 0
         if self.cache:
             shared = sum(1 for holders in self.cache.holders.values() if holders) * self.cache.kv_blocks
-        return self.capacity - shared - sum(self.own_blocks(r) for r in self.running)
+        return self.capacity - shared - sum(self.own_blocks(r) for r in self.running + self.leaving)
 
     def own_blocks(self, r: Request) -> int:
         """Blocks that only this request holds."""
@@ -174,8 +176,8 @@ class Instance:
         budget = self.budget - len(plan)
         return plan + [(r, min(r.tokens - r.computed, budget)) for r in self.running if not r.decoding]
 
-    def schedule(self, now: int) -> None:
-        """Choose the next iteration."""
+    def schedule(self, now: int, seen: int) -> None:
+        """Choose the next iteration from the requests that had arrived by `seen`."""
         preempted = False
         while True:
             plan = self.plan_running()
@@ -191,14 +193,17 @@ class Instance:
             if not r.decoding:
                 self.publish(r, r.computed + new)
         if not preempted:
-            self.admit(plan)
+            self.admit(plan, seen)
         self.start(now, plan)
 
-    def admit(self, plan: list[tuple[Request, int]]) -> None:
+    def admit(self, plan: list[tuple[Request, int]], seen: int) -> None:
         """Admit waiting requests in order, as long as they fit."""
-        while self.waiting and len(self.running) < self.max_seqs:
+        while self.waiting and len(self.running) + len(self.leaving) < self.max_seqs:
             budget = self.budget - sum(new for _, new in plan)
             r = self.waiting[0]
+            assert r.arrived is not None
+            if r.arrived > seen:
+                break
             found = self.cache.match(r.prefix_ids, r.tokens - 1) if self.cache else []
             past = len(found) * self.cache.block_tokens if self.cache else 0
             new = min(r.tokens - past, budget)
@@ -229,14 +234,18 @@ class Instance:
 
     def start(self, now: int, plan: list[tuple[Request, int]]) -> None:
         """Put the planned iteration in flight."""
-        self.batch, self.until = plan, None
+        self.batch, self.begin, self.until = plan, now, None
         if plan:
             contexts = [r.tokens for r, _ in plan if r.decoding]
             chunks = [(new, r.computed) for r, new in plan if not r.decoding]
             self.until = now + self.costs.iteration_ps(self.profile, contexts, chunks)
 
     def complete(self) -> list[Request]:
-        """The iteration in flight ends: tokens stream, requests finish, the next iteration starts."""
+        """The iteration in flight ends: tokens stream, requests finish, the next iteration starts.
+
+        With asynchronous scheduling that was chosen when this one began: without the requests that finish
+        now, but while they hold their memory, and from what had arrived by then.
+        """
         assert self.until is not None
         now = self.until
         for r, new in self.batch:
@@ -246,9 +255,17 @@ class Instance:
         done = sorted((r for r in self.running if r.streamed == r.output), key=lambda r: r.number)
         for r in done:
             r.finished = now
-            self.drop_kv(r)
             self.running.remove(r)
-        self.schedule(now)
+        if self.asynchronous:
+            self.leaving = done
+            self.schedule(now, self.begin)
+            self.leaving = []
+        else:
+            self.until = None
+        for r in done:
+            self.drop_kv(r)
+        if self.until is None:
+            self.schedule(now, now)
         return done
 
     @staticmethod
@@ -305,7 +322,7 @@ class ReferenceCluster:
         inst = self.instances[r.instance]
         inst.enqueue(r)
         if inst.until is None:
-            inst.schedule(now)
+            inst.schedule(now, now)
 
     def step(self, i: int) -> None:
         """An instance's iteration ends; sessions go on after their gap."""

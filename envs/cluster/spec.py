@@ -24,6 +24,7 @@ class InstanceSpec:
         queue: `fcfs`, or `priority` by (priority, arrival) as in vLLM's scheduling policies.
         reserve_prompt: admit a request only when its whole prompt fits, not just its first chunk
             (vLLM: scheduler_reserve_full_isl).
+        async_scheduling: choose each iteration while the one before it runs (vLLM: async_scheduling).
     """
 
     profile: str
@@ -34,6 +35,7 @@ class InstanceSpec:
     watermark: float = 0.0
     queue: str = "fcfs"
     reserve_prompt: bool = True
+    async_scheduling: bool = False
 
 
 @dataclass(frozen=True)

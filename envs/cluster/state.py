@@ -35,7 +35,7 @@ EPISODE = _record(first_row="i8", rows="i8", fleet="i8", prefix_tokens="i8", lon
 SETTING = _record(
     profile="i8", blocks="i8", block_tokens="i8", budget="i8", max_seqs="i8", watermark="i8",
     by_priority="i8", reserve="i8", caching="i8", prefill_tokens_per_s="f8",
-    decode_tokens_per_s="f8",
+    decode_tokens_per_s="f8", asynchronous="i8",
 )  # fmt: skip
 LANE = _record(
     now="i8", episode="i8", plays="i8", first_row="i8", rows="i8", fleet="i8", instances="i8",

@@ -147,6 +147,7 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
     return (
         index, blocks, spec.block_tokens, budget, max_seqs, int(spec.watermark * blocks),
         spec.queue == "priority", spec.reserve_prompt, cluster.prefix_caching, 0.0, 0.0,
+        spec.async_scheduling,
     )  # fmt: skip
 
 

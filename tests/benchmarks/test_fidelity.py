@@ -63,12 +63,12 @@ def test_generated_blocks_get_ids_of_their_own(fidelity, tmp_path):
 
 
 @needs_shared
-def test_real_runs_are_met_within_the_goal_of_ttft_and_four_percent():
+def test_real_runs_are_met_within_both_goals():
     result = run()
     assert result.returncode == 0, result.stderr
     line = json.loads(result.stdout.splitlines()[-1])
     assert (line["name"], line["unit"], line["goal"]) == ("fidelity", "%", 3.0)
     assert set(line["detail"]["runs"]) == {"rtx4090_llama8b", "rtxpro6000_llama8b"}
-    assert line["value"] < 4
+    assert line["value"] <= 3
     assert line["detail"]["largest_percent"]["TTFT"] <= 5
     assert line["detail"]["runs"]["rtx4090_llama8b"]["preemptions"] > 0

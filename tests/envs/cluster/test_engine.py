@@ -76,6 +76,7 @@ def clusters(draw, largest: int) -> ClusterSpec:
             InstanceSpec(
                 draw(st.sampled_from(PROFILES)), blocks, size, budget, draw(st.integers(1, min(budget, 64))),
                 watermark, draw(st.sampled_from(["fcfs", "priority"])), draw(st.booleans()),
+                draw(st.booleans()),
             )
         )  # fmt: skip
     return ClusterSpec("random", tuple(instances), draw(st.booleans()))
@@ -217,6 +218,27 @@ def test_scarce_memory_preempts_the_last_admitted():
     # Both hold 3 blocks at 33 tokens; the sixth is missing, when 16 prompt + 16 output tokens are computed.
     assert records.lost_tokens.tolist() == [0, 32]
     assert records.finished_s[0] < records.finished_s[1]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_asynchronous_scheduling_admits_one_iteration_later(asynchronous):
+    """A seat given back, and an arrival in the middle of an iteration, count one iteration later."""
+    workload = make_workload("seat", [0.0] * 3, [16] * 3, [3, 40, 2])
+    cluster = parse_cluster("1xa100-llama-3.1-8b", max_seqs=2, async_scheduling=asynchronous)
+    world = build_world([Episode(workload, cluster, workload.output_tokens)], 1)
+    costs = ReferenceCosts(CostTables(**{k: getattr(world, k) for k in CostTables._fields}))
+    prompt = [(16, 0)]
+    shapes = [([], prompt), ([17], prompt), ([18, 17], [])]  # the first request has finished
+    shapes += [([18], []), ([19], prompt)] if asynchronous else [([18], prompt)]
+    times = [costs.iteration_ps(0, *shape) for shape in shapes]
+    records = simulate(cluster, workload)
+    assert records.first_token_s[2] == pytest.approx(sum(times) / 1e12, abs=1e-12)
+    alone = replace(cluster.instances[0], max_seqs=None)
+    late = make_workload("late", [0.0, 1e-4], [16, 16], [9, 1])
+    first, second = (simulate(replace(cluster, instances=(alone,)), late).first_token_s).tolist()
+    step = costs.iteration_ps(0, [17], []) if asynchronous else 0
+    joint = costs.iteration_ps(0, [18 if asynchronous else 17], [(16, 0)])
+    assert second == pytest.approx(first + (step + joint) / 1e12, abs=1e-12)
 
 
 def test_priorities_preempt_the_least_urgent():
