@@ -38,7 +38,7 @@ class Episode:
 def make_episodes(scenario: Scenario, count: int, seed: int) -> list[Episode]:
     """Draw episodes: a fleet, a load, and a workload at that fraction of the fleet's saturation.
 
-    Generators draw a fresh workload; of a trace the episode takes `scenario.requests` requests in a row and
+    Generators draw a fresh workload, an open-loop one at exactly that rate; of a trace the episode takes `scenario.requests` requests in a row and
     scales their rate, which keeps bursts. Episode k depends on (seed, k) alone.
 
     Raises:
@@ -96,7 +96,10 @@ class _Source:
         requests = self._scenario.requests
         if self._trace is None:
             seed = int(rng.integers(2**31))
-            return generate(self._scenario.workload, requests, rate_rps=rate_rps, seed=seed)
+            drawn = generate(self._scenario.workload, requests, rate_rps=rate_rps, seed=seed)
+            # The slow swings of a generator's rate are longer than an episode: without this its load would
+            # be anything from half to twice what was drawn. Think times of sessions are left as they are.
+            return drawn if (drawn.after >= 0).any() else scale_rate(drawn, rate_rps)
         arrived = self._trace.arrived_at_s
         first = int(rng.integers(max(len(arrived) - requests, 0) + 1))
         rest = window(self._trace, float(arrived[first]), float(arrived[-1] - arrived[first]) + 1.0)
