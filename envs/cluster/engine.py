@@ -477,14 +477,12 @@ def schedule(world, l, i, now, seen, leaving):
     else:
         inst.steps = 1
         top = inst.top + inst.clock
-        inst.until = now + iteration_ps(
-            world, p, n, inst.context, top, tokens, sequences, attention, longest
-        )
+        inst.until = now + iteration_ps(world, p, n, inst.context, top, tokens, sequences, attention, longest)
 
 
 @inlined
 def cut(world, l, i, now):
-    """End the stretch in flight at its first boundary at or after now, so that an arrival can be scheduled."""
+    """End the stretch in flight at its first boundary at or after now, so that an arrival is scheduled."""
     inst = world.instance[l, i]
     if inst.steps <= 1:
         return

@@ -38,8 +38,9 @@ class Episode:
 def make_episodes(scenario: Scenario, count: int, seed: int) -> list[Episode]:
     """Draw episodes: a fleet, a load, and a workload at that fraction of the fleet's saturation.
 
-    Generators draw a fresh workload, an open-loop one at exactly that rate; of a trace the episode takes `scenario.requests` requests in a row and
-    scales their rate, which keeps bursts. Episode k depends on (seed, k) alone.
+    Generators draw a fresh workload, an open-loop one at exactly that rate; of a trace the episode takes
+    `scenario.requests` requests in a row and scales their rate, which keeps bursts. Episode k depends on
+    (seed, k) alone.
 
     Raises:
         InputError: for a workload, profile or setting that is not there or cannot be used.

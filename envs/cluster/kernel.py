@@ -17,6 +17,7 @@ from typing import Any
 import numba
 
 _ROOM = Path(__file__).resolve().parent.parent
+_CONFIG: Any = numba.config  # a module that makes its names as it is imported
 
 
 def _cache_folder() -> str:
@@ -40,12 +41,12 @@ _FOLDER = _cache_folder()
 def _compiled(**options: Any) -> Callable[[Callable], Any]:
     def decorate(function: Callable) -> Any:
         # The cache folder is chosen when a function is decorated; other users of numba keep theirs.
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = _FOLDER
+        before = _CONFIG.CACHE_DIR
+        _CONFIG.CACHE_DIR = _FOLDER
         try:
             return numba.njit(cache=True, error_model="numpy", **options)(function)
         finally:
-            numba.config.CACHE_DIR = before
+            _CONFIG.CACHE_DIR = before
 
     return decorate
 

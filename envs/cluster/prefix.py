@@ -166,7 +166,7 @@ def publish(world, l, i, r, row, tokens):
 
 @kernel
 def release(world, l, i, r, row):
-    """Request r lets its prefix blocks go, last to first; those nobody holds become idle and count as free."""
+    """Request r lets its prefix blocks go, last to first; those nobody holds become idle, counted as free."""
     inst = world.instance[l, i]
     first = world.row[row].prefix
     for k in range(world.req[l, r].units - 1, -1, -1):

@@ -101,7 +101,7 @@ class Instance:
         self.cache = PrefixCache(prefix_tokens, prefix_tokens // self.block_tokens) if caching else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
-        self.batch: list[tuple[Request, int]] = []  # requests of the iteration in flight, with their new tokens
+        self.batch: list[tuple[Request, int]] = []  # requests in flight, with their new tokens
         self.leaving: list[Request] = []  # finished, but too late for the iteration that is chosen now
         self.begin = 0
         self.until: int | None = None
@@ -335,7 +335,8 @@ class ReferenceCluster:
         """Records of all requests."""
 
         def seconds(name: str) -> np.ndarray:
-            return np.array([np.nan if getattr(r, name) is None else getattr(r, name) / PS for r in self.requests])
+            times = [getattr(r, name) for r in self.requests]
+            return np.array([np.nan if t is None else t / PS for t in times])
 
         def column(name: str, dtype: type) -> np.ndarray:
             return np.array([getattr(r, name) for r in self.requests], dtype)

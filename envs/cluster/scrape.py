@@ -72,7 +72,7 @@ def steps_done(inst, t):
 
 @inlined
 def running_requests(inst):
-    """Requests that the engine runs, as vLLM counts them: decoding, ending their prefill, or partly computed."""
+    """Requests that the engine runs, as vLLM counts: decoding, ending their prefill, or partly computed."""
     return inst.running + inst.fresh + (inst.part != NONE)
 
 

@@ -69,6 +69,7 @@ def parse_cluster(text: str, *, prefix_caching: bool = True, **settings: object)
     for part in text.split("+"):
         match = _PART.fullmatch(part.strip())
         if match is None or match[1] == "0":
-            raise InputError("cluster", "fleet", text, "write COUNTxPROFILE, joined by +, for example 4xa100-llama-3.1-8b")
+            hint = "write COUNTxPROFILE, joined by +, for example 4xa100-llama-3.1-8b"
+            raise InputError("cluster", "fleet", text, hint)
         instances += [replace(InstanceSpec(match[2]), **settings)] * int(match[1] or 1)  # type: ignore[arg-type]
     return ClusterSpec(text, tuple(instances), prefix_caching)

@@ -6,13 +6,14 @@ they own; the kernels take it whole.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 PS = 1_000_000_000_000  # picoseconds of a second
-NEVER = np.int64(2**62)
-NONE = np.int64(-1)  # typed: a literal would compile kernels once more
+# Typed by numpy, since a literal would compile kernels once more; kernels mix them with plain integers.
+NEVER: Any = np.int64(2**62)
+NONE: Any = np.int64(-1)
 
 # Rows of World.run: what a decoding request needs, in arrays that a scan walks contiguously.
 REQUEST, FINISH, OFFSET, GAP, ORDER = range(5)
@@ -39,7 +40,8 @@ SETTING = _record(
 )  # fmt: skip
 LANE = _record(
     now="i8", episode="i8", plays="i8", first_row="i8", rows="i8", fleet="i8", instances="i8",
-    next_row="i8", sleeping="i8", unfinished="i8", pending="i8", default="i8", turn="i8", seed="i8", room="i8", longest_output="i8",
+    next_row="i8", sleeping="i8", unfinished="i8", pending="i8", default="i8", turn="i8", seed="i8",
+    room="i8", longest_output="i8",
     decided_at="i8", accrued_at="i8", live_weight="f8", cost="f8", gain="f8", decisions="i8",
     history_second="i8", last_arrival="i8", arrival_rate="f8", prompt_rate="f8", admissions="i8",
 )  # fmt: skip

@@ -152,7 +152,7 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
 
 
 def _measure_speeds(settings: np.ndarray, tables: CostTables) -> None:
-    """Fill in each instance's tokens/s: prefill of one full chunk, decode of requests of the reference length."""
+    """Fill in each instance's tokens/s: prefill of a full chunk, decode at the reference length."""
     for setting in settings.reshape(-1):
         if setting["budget"] == 0:
             continue  # padding of a smaller fleet
@@ -247,7 +247,8 @@ def _check_fit(episode: Episode, settings: np.ndarray) -> None:
         if w.prefix_block_tokens % size:
             raise InputError(
                 w.name, "prefix_block_tokens", w.prefix_block_tokens,
-                f"must be a multiple of the KV block of {size} tokens; set prefix_caching = false or block_tokens",
+                f"must be a multiple of the KV block of {size} tokens; "
+                "set prefix_caching = false or block_tokens",
             )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,7 +24,7 @@ from servegym.envs.costs.fitting import (
     relative_error,
 )
 from servegym.envs.costs.geometry import DEVICES, engine_defaults, geometry, kv_blocks
-from servegym.envs.costs.profile import Curve, Error, Geometry, Profile, Provenance, Surface, extended
+from servegym.envs.costs.profile import Curve, Error, Geometry, Profile, Provenance, extended
 from servegym.envs.costs.typical import typical_links
 from servegym.errors import InputError
 
@@ -187,9 +188,7 @@ def _linear(gemm: Gemm, shape: Geometry, tp: int, bandwidth: float) -> np.ndarra
     return shape.layers * (layer + 5 * SMALL_KERNEL_US + memory_s * 1e6)
 
 
-def _attention(
-    kernels: Kernels, shape: Geometry, tp: int
-) -> tuple[dict[str, Surface], float, dict[str, Error]]:
+def _attention(kernels: Kernels, shape: Geometry, tp: int) -> tuple[dict[str, Any], float, dict[str, Error]]:
     """Prefill and decode attention above the launch floor, all layers; the floor of one layer; the errors."""
     heads = {
         "num_heads": shape.heads // tp,

@@ -10,9 +10,9 @@ An iteration computes one token for each of `n` decoding requests and any number
 `mixed` is of the form of `decode`: one kernel then serves prefill and decodes, it splits no context over the
 device, so that decodes cost up to twice as much, and it launches an empty thread block for each tile of the
 longest chunk and each decode. `context` is the sum of the KV lengths that the decodes read, `top` the longest
-of them, and j the segment of the mean context. As a stretch of decode-only iterations goes on, `context` grows
-by n a step and `top - context // n` stays, so the sum over k steps is a closed form per segment. All operands
-are int64: the closed form equals the sum of its steps to the bit on every machine.
+of them, and j the segment of the mean context. As a stretch of decode-only iterations goes on, `context`
+grows by n a step and `top - context // n` stays, so the sum over k steps is a closed form per segment. All
+operands are int64: the closed form equals the sum of its steps to the bit on every machine.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def workloads(draw) -> Workload:
             tree = int(rng.integers(0, 3))
             blocks = int(rng.integers(0, (prompt[row] + output[row]) // PREFIX_TOKENS, endpoint=True))
             shared = int(rng.integers(0, blocks, endpoint=True))
-            ids += [tree * 100 + k for k in range(shared)] + [1000 + row * 40 + k for k in range(blocks - shared)]
+            ids += [tree * 100 + k for k in range(shared)]
+            ids += [1000 + row * 40 + k for k in range(blocks - shared)]
         offsets.append(len(ids))
     return make_workload(
         "random", arrived, prompt, output, priority=rng.integers(0, 3, n), after=after,
@@ -172,7 +173,8 @@ def test_tokens_are_computed_once_or_lost(case):
     for i in range(len(episode.cluster)):
         inst = world.instance[0, i]
         assert inst["free"] == world.setting[0, i]["blocks"]
-        assert inst["inflight"] == inst["prompt_tokens"] == inst["streamed_tokens"] == inst["prefill_tokens"] == 0
+        for name in ("inflight", "prompt_tokens", "streamed_tokens", "prefill_tokens"):
+            assert inst[name] == 0
 
 
 @settings(max_examples=max(EXAMPLES // 5, 1), deadline=None, suppress_health_check=list(HealthCheck))
