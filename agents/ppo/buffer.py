@@ -54,6 +54,27 @@ def gae(
     return advantages
 
 
+def group_relative(advantages: np.ndarray, group_size: int) -> np.ndarray:
+    """Take from each advantage the mean over the lanes that meet the same arrivals.
+
+    The lanes of a group play one episode side by side: decision k is about the same request at the same time
+    in all of them. What the coming arrivals do to the return is common to them and cancels; what is left is
+    the lane's own doing. This is an input-driven baseline (arXiv 1807.02264) that needs no training. Turns of
+    closed-loop sessions arrive when the lane's own answers are done; there the baseline is only a rough one.
+
+    Args:
+        advantages: [T, B], lanes of a group next to each other.
+        group_size: 1 leaves the advantages as they are.
+
+    Returns:
+        Advantages [T, B].
+    """
+    if group_size == 1:
+        return advantages
+    grouped = advantages.reshape(len(advantages), -1, group_size)
+    return (grouped - grouped.mean(-1, keepdims=True)).reshape(advantages.shape)
+
+
 class ReturnNormalizer:
     """Running mean and standard deviation of returns, so that the value head learns numbers around 1.
 

@@ -23,7 +23,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, safe_mean
 from torch import Tensor
 
-from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae
+from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae, group_relative
 from servegym.agents.ppo.checkpoint import CheckpointInfo, read_network, save_checkpoint
 from servegym.agents.ppo.config import PPOConfig
 from servegym.agents.ppo.interrupt import DeferredInterrupt
@@ -322,6 +322,7 @@ class PPO(OnPolicyAlgorithm):
         self.logger.record("losses/explained_variance", explained)
         self._rescale_values(returns)
         buffer.targets[:] = (returns - self.normalizer.mean) / self.normalizer.std
+        advantages = group_relative(advantages, getattr(self.vector_env, "group_size", 1))
         buffer.advantages[:] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     def _rescale_values(self, returns: np.ndarray) -> None:

@@ -25,7 +25,7 @@ too late holds back those behind it.
 
 from __future__ import annotations
 
-from servegym.envs.cluster import prefix
+from servegym.envs.cluster import prefix, sleepers, waiting
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.scrape import scrape
 from servegym.envs.cluster.state import (
@@ -50,61 +50,6 @@ def blocks_of(inst_block_tokens, tokens):
 @inlined
 def _setting(world, l, i):
     return world.setting[world.lane[l].fleet, i]
-
-
-# --- waiting list -----------------------------------------------------------------------------------------
-
-
-@inlined
-def _before(world, l, a, b):
-    """Whether request a is scheduled before b under priorities."""
-    first = world.lane[l].first_row
-    row_a, row_b = world.row[first + a], world.row[first + b]
-    if row_a.priority != row_b.priority:
-        return row_a.priority < row_b.priority
-    if world.req[l, a].arrived != world.req[l, b].arrived:
-        return world.req[l, a].arrived < world.req[l, b].arrived
-    return a < b
-
-
-@inlined
-def _insert_after(world, l, i, r, previous):
-    inst = world.instance[l, i]
-    if previous == NONE:
-        world.req[l, r].next = inst.head
-        inst.head = r
-    else:
-        world.req[l, r].next = world.req[l, previous].next
-        world.req[l, previous].next = r
-    if inst.tail == previous:
-        inst.tail = r
-    inst.waiting += 1
-
-
-@inlined
-def _insert_by_priority(world, l, i, r):
-    previous, at = NONE, world.instance[l, i].head
-    while at != NONE and _before(world, l, at, r):
-        previous, at = at, world.req[l, at].next
-    _insert_after(world, l, i, r, previous)
-
-
-@inlined
-def enqueue(world, l, i, r):
-    """A new request joins the waiting list."""
-    if _setting(world, l, i).by_priority:
-        _insert_by_priority(world, l, i, r)
-    else:
-        _insert_after(world, l, i, r, world.instance[l, i].tail)
-
-
-@inlined
-def _requeue(world, l, i, r):
-    """A preempted request goes back to the front."""
-    if _setting(world, l, i).by_priority:
-        _insert_by_priority(world, l, i, r)
-    else:
-        _insert_after(world, l, i, r, NONE)
 
 
 # --- decoding requests ------------------------------------------------------------------------------------
@@ -205,10 +150,10 @@ def _worst(world, l, i):
         return worst
     for k in range(inst.running):
         if worst == NONE:
-            if inst.part == NONE or _before(world, l, inst.part, world.run[l, i, REQUEST, k]):
+            if inst.part == NONE or waiting.before(world, l, inst.part, world.run[l, i, REQUEST, k]):
                 worst = k
         elif by_priority:
-            if _before(world, l, world.run[l, i, REQUEST, worst], world.run[l, i, REQUEST, k]):
+            if waiting.before(world, l, world.run[l, i, REQUEST, worst], world.run[l, i, REQUEST, k]):
                 worst = k
         elif world.run[l, i, ORDER, worst] < world.run[l, i, ORDER, k]:
             worst = k
@@ -235,7 +180,7 @@ def _preempt(world, l, i, now):
     world.req[l, r].lost += tokens
     world.req[l, r].preemptions += 1
     inst.preemptions += 1
-    _requeue(world, l, i, r)
+    waiting.requeue(world, l, i, r)
 
 
 @kernel
@@ -262,7 +207,7 @@ def _finish(world, l, i, at, now):
     if ttft <= row.slo_ttft and tpot <= row.slo_tpot:
         lane.gain += row.weight
     if row.next_turn != NONE:
-        sleep(world, l, now + world.row[lane.first_row + row.next_turn].gap, row.next_turn)
+        sleepers.sleep(world, l, now + world.row[lane.first_row + row.next_turn].gap, row.next_turn)
     return r
 
 
@@ -271,47 +216,6 @@ def accrue(lane, now):
     """Bring the integral of the weight in the system up to now."""
     lane.cost += lane.live_weight * ((now - lane.accrued_at) / PS)
     lane.accrued_at = now
-
-
-@inlined
-def sleep(world, l, at, r):
-    """Heap push: closed-loop turn r arrives at time `at`."""
-    heap = world.sleeper
-    k = world.lane[l].sleeping
-    world.lane[l].sleeping += 1
-    while k > 0:
-        parent = (k - 1) >> 1
-        above = heap[l, parent]
-        if above.at < at or (above.at == at and above.request < r):
-            break
-        heap[l, k].at, heap[l, k].request = above.at, above.request
-        k = parent
-    heap[l, k].at, heap[l, k].request = at, r
-
-
-@inlined
-def wake(world, l):
-    """Heap pop: drop the turn that arrives first."""
-    heap = world.sleeper
-    world.lane[l].sleeping -= 1
-    n = world.lane[l].sleeping
-    at, r = heap[l, n].at, heap[l, n].request
-    k = 0
-    while True:
-        child = 2 * k + 1
-        if child >= n:
-            break
-        right = child + 1
-        if right < n and (
-            heap[l, right].at < heap[l, child].at
-            or (heap[l, right].at == heap[l, child].at and heap[l, right].request < heap[l, child].request)
-        ):
-            child = right
-        if at < heap[l, child].at or (at == heap[l, child].at and r < heap[l, child].request):
-            break
-        heap[l, k].at, heap[l, k].request = heap[l, child].at, heap[l, child].request
-        k = child
-    heap[l, k].at, heap[l, k].request = at, r
 
 
 # --- the scheduler ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ instance), so an iteration that starts at t can serve what arrived at t.
 
 from __future__ import annotations
 
-from servegym.envs.cluster import engine, prefix
+from servegym.envs.cluster import engine, prefix, sleepers, waiting
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.scrape import scrape, start_scrape
 from servegym.envs.cluster.state import NEVER, NONE
@@ -101,7 +101,7 @@ def _take_arrival(world, l, at, r):
         lane.next_row += 1
         _skip_followers(world, l)
     else:
-        engine.wake(world, l)
+        sleepers.wake(world, l)
     engine.accrue(lane, at)
     lane.now = at
     row = world.row[lane.first_row + r]
@@ -163,7 +163,7 @@ def dispatch(world, l, i):
     inst.prefill_tokens += row.prompt
     inst.prompt_tokens += row.prompt
     inst.predicted_tokens += row.predicted
-    engine.enqueue(world, l, i, r)
+    waiting.enqueue(world, l, i, r)
     if inst.until == NEVER:
         engine.schedule(world, l, i, now, now, 0)
     else:

@@ -26,12 +26,14 @@ class Rules(NamedTuple):
         max_steps: decisions after which an episode is truncated.
         same_step: whether the step that ends an episode also starts the next.
         in_order: whether lane l plays episode l first, instead of a random one.
+        group_size: lanes in a row that play the same episodes; in order, a group counts as one lane.
     """
 
     reward: int
     max_steps: int
     same_step: bool
     in_order: bool
+    group_size: int
 
 
 class Transition(NamedTuple):
@@ -65,7 +67,7 @@ def _next_episode(world, rules, l):
     lane = world.lane[l]
     episodes = world.episode.shape[0]
     if rules.in_order and lane.plays == 0:
-        return l % episodes
+        return l // rules.group_size % episodes
     return np.int64(mix(lane.seed, lane.plays) % np.uint64(episodes))
 
 

@@ -54,6 +54,8 @@ class DispatchVectorEnv(VectorEnv):
         num_threads: threads that share the lanes.
         max_episode_steps: decisions after which an episode is truncated; None never.
         copy: False returns the same buffers at every step, overwritten by the next.
+        group_size: lanes in a row that play the same episodes with the same seed, so that what they meet
+            differs by their own decisions only; a divisor of num_envs.
         oracle: add `oracle` to the observation, float64 [B, I], seconds of work truly left on each instance,
             for rules that bound what is possible; no deployment knows them.
 
@@ -75,15 +77,19 @@ class DispatchVectorEnv(VectorEnv):
         num_threads: int = 1,
         max_episode_steps: int | None = None,
         copy: bool = True,
+        group_size: int = 1,
         oracle: bool = False,
     ) -> None:
         for name, value in (("num_envs", num_envs), ("num_threads", num_threads)):
             _require_positive(name, value)
+        _require_positive("group_size", group_size)
+        if num_envs % group_size:
+            raise InputError("environment", "group_size", group_size, f"must divide num_envs ({num_envs})")
         if max_episode_steps is not None:
             _require_positive("max_episode_steps", max_episode_steps)
         if episodes is not None and len(episodes) == 0:
             raise InputError("environment", "episodes", [], "give at least one, or None")
-        self.num_envs = num_envs
+        self.num_envs, self.group_size = num_envs, group_size
         self.scenario = load_scenario(scenario) if isinstance(scenario, str) else scenario
         self.beta = self.scenario.beta
         self.copy = copy
@@ -113,6 +119,7 @@ class DispatchVectorEnv(VectorEnv):
             max_steps=int(NEVER) if max_episode_steps is None else max_episode_steps,
             same_step=self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP,
             in_order=episodes is not None,
+            group_size=group_size,
         )
         bounds = np.linspace(0, num_envs, min(num_threads, num_envs) + 1).astype(int).tolist()
         self._shares = list(pairwise(bounds))
@@ -125,14 +132,16 @@ class DispatchVectorEnv(VectorEnv):
         """Start a new episode on every lane.
 
         Args:
-            seed: lane l gets seed + l, or seed[l]; with None each lane goes on with its next episode.
+            seed: lane l gets seed + l // group_size, or seed[l]; with None each lane goes on with its next episode.
             options: not used.
         """
         if seed is None and not self._seeded:
             seed = int(self.np_random.integers(2**31))
         if seed is not None:
             seeds = (
-                seed + np.arange(self.num_envs) if isinstance(seed, (int, np.integer)) else np.asarray(seed)
+                seed + np.arange(self.num_envs) // self.group_size
+                if isinstance(seed, (int, np.integer))
+                else np.asarray(seed)
             )
             if seeds.shape != (self.num_envs,) or seeds.dtype.kind not in "iu" or seeds.min() < 0:
                 raise InputError("reset", "seed", seed, f"give an integer >= 0, or {self.num_envs} of them")

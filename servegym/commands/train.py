@@ -47,6 +47,8 @@ class Command(Setup):
     """Lowest and highest offered load, fractions of saturation; an episode draws one between them."""
     n_envs: int = 256
     """Lanes: clusters that are simulated side by side."""
+    group_size: int = 8
+    """Lanes that play the same episodes side by side, for PPO's group-relative advantages."""
     episodes: int = 512
     """Different episodes that the lanes draw from."""
     seed: int = 0
@@ -107,7 +109,15 @@ class Command(Setup):
     def _checked(self) -> Scenario:
         if self.algo not in ALGORITHMS:
             raise InputError("train", "algo", self.algo, f"choose one of {', '.join(ALGORITHMS)}")
-        for name in ("n_timesteps", "n_envs", "episodes", "num_threads", "eval_episodes", "save_freq"):
+        for name in (
+            "n_timesteps",
+            "n_envs",
+            "group_size",
+            "episodes",
+            "num_threads",
+            "eval_episodes",
+            "save_freq",
+        ):
             if getattr(self, name) < 1:
                 raise InputError("train", name, getattr(self, name), "must be at least 1")
         for name in ("beta", "num_threads"):  # one value for the environment and for PPO
@@ -142,6 +152,7 @@ class Command(Setup):
             episodes=make_episodes(scenario, self.episodes, self.seed),
             num_threads=self.num_threads,
             copy=self.algo != "ppo",
+            group_size=self.group_size if self.algo == "ppo" else 1,
         )
         if self.resume:
             resumed = PPO.resume(folder, env, logs, track, self.device)
@@ -164,7 +175,7 @@ class Command(Setup):
 
     def _settings(self, scenario: Scenario) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
-        names = ("n_timesteps", "n_envs", "episodes", "seed")
+        names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed")
         settings = {
             "scenario": asdict(scenario),
             "ppo": asdict(self._config(scenario)),

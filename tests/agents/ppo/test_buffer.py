@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae
+from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae, group_relative
 
 
 def test_gae_by_hand():
@@ -78,3 +78,12 @@ def test_memory_is_what_the_arrays_take(least_inflight):
     buffer = RolloutBuffer(8, 4, space)
     assert isinstance(space, gymnasium.spaces.Dict)
     assert buffer.nbytes == 32 * (bytes_per_decision + 8 + 4 + 4 * 8 + 1 + 2 * 4)
+
+
+def test_group_relative_takes_out_what_a_group_shares():
+    advantages = np.array([[1.0, 3.0, 10.0, 20.0], [0.0, 4.0, -1.0, 1.0]])
+    expected = [[-1.0, 1.0, -5.0, 5.0], [-2.0, 2.0, -1.0, 1.0]]
+    np.testing.assert_array_equal(group_relative(advantages, 2), expected)
+    shared = np.repeat(np.array([[5.0, -3.0], [2.0, 8.0]]), 2, axis=1)  # arrivals move whole groups
+    np.testing.assert_array_equal(group_relative(advantages + shared, 2), expected)
+    np.testing.assert_array_equal(group_relative(advantages, 1), advantages)
