@@ -132,17 +132,15 @@ class DispatchVectorEnv(VectorEnv):
         """Start a new episode on every lane.
 
         Args:
-            seed: lane l gets seed + l // group_size, or seed[l]; with None each lane goes on with its next episode.
+            seed: lane l gets seed + l // group_size, or seed[l]; with None each lane goes on with its next
+                episode.
             options: not used.
         """
         if seed is None and not self._seeded:
             seed = int(self.np_random.integers(2**31))
         if seed is not None:
-            seeds = (
-                seed + np.arange(self.num_envs) // self.group_size
-                if isinstance(seed, (int, np.integer))
-                else np.asarray(seed)
-            )
+            one = isinstance(seed, (int, np.integer))
+            seeds = seed + np.arange(self.num_envs) // self.group_size if one else np.asarray(seed)
             if seeds.shape != (self.num_envs,) or seeds.dtype.kind not in "iu" or seeds.min() < 0:
                 raise InputError("reset", "seed", seed, f"give an integer >= 0, or {self.num_envs} of them")
             self._world.lane["seed"] = seeds

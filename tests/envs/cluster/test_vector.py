@@ -126,6 +126,19 @@ def test_given_episodes_come_in_order(episodes):
         assert obs["instance_mask"][lane].sum() == len(episodes[lane].cluster)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_group_meets_the_same_requests_whatever_it_answers(in_order, episodes):
+    env = DispatchVectorEnv(6, MIXED, episodes=episodes if in_order else None, group_size=3)
+    transitions = walk(env, 40)
+    for obs, *_ in transitions:
+        for name in ("requests", "history", "instance_mask"):
+            np.testing.assert_array_equal(obs[name][:3], obs[name][[0, 0, 0]])
+    assert any((obs["instances"][0] != obs["instances"][1]).any() for obs, *_ in transitions)
+    assert any((obs["requests"][0] != obs["requests"][3]).any() for obs, *_ in transitions)
+    with pytest.raises(InputError, match="must divide num_envs"):
+        DispatchVectorEnv(6, MIXED, group_size=4)
+
+
 def test_drawn_episodes_depend_on_seed_and_lane():
     env = DispatchVectorEnv(16, MIXED)
     first = [tuple(env.reset(seed=s)[0]["requests"][:, 0, 0]) for s in (0, 0, 1)]
