@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow lint bench clean
+.PHONY: train test test-slow mutation lint bench clean
 
 train: $(INSTALLED)
 	rm -rf $(RUN)
@@ -25,6 +25,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -q -m slow
+
+mutation: $(INSTALLED)
+	$(PY) tests/mutate.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
