@@ -32,6 +32,7 @@ mutation: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	rm -rf build  # setuptools would install modules that are long gone
 	$(PIP) install --quiet --upgrade --no-deps --target build/typecheck .
 	cd build/typecheck && $(abspath $(PY)) -m mypy --config-file ../../pyproject.toml -p servegym
 
