@@ -1,8 +1,7 @@
 # make train: from a fresh clone to a table in which a freshly trained policy stands beside the heuristics.
 PYTHON ?= python3
 VENV ?= .venv
-STEPS ?= 500000
-TRAIN ?= --n-envs 64 --ppo.n-steps 256 --ppo.gae-lambda 0.995 --ppo.learning-rate 1e-3 --beta 0.02
+STEPS ?= 1000000
 RUN ?= runs/quickstart
 # Without an NVIDIA driver the CPU build of torch saves gigabytes; TORCH_INDEX= leaves the choice to pip.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
@@ -16,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 
 train: $(INSTALLED)
 	rm -rf $(RUN)
-	$(PY) train.py --scenario mixed -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard $(TRAIN)
+	$(PY) train.py --scenario mixed -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard
 	$(PY) export.py -i $(RUN)/Dispatch-v0/ppo-mixed-s0 -o $(RUN)/bundle
 	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.9 --requests 1000 -f $(RUN)/evaluation
 

@@ -64,7 +64,7 @@ class Scenario:
     slo: Slo = field(default_factory=Slo)
     class_slo: dict[str, Slo] = field(default_factory=dict)
     reward: str = "latency"
-    beta: float = 0.3
+    beta: float = 0.1
     scrape_s: float = 0.2
     noise: float = 0.0
     prediction_error: float = 0.5

@@ -11,19 +11,19 @@ from servegym.errors import InputError
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """How PPO collects and learns; the defaults suit 256 lanes of 4 to 16 instances on two cores."""
+    """How PPO collects and learns; the defaults suit 128 lanes of 4 to 16 instances in groups of 16."""
 
-    n_steps: int = 64
+    n_steps: int = 256
     """Decisions of each lane between two updates."""
     batch_size: int = 2048
     """Decisions of a minibatch."""
     n_epochs: int = 2
     """Passes over a roll-out; the model of the cluster is so fast that fresh decisions beat old ones."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Step size of Adam at the start."""
     anneal: bool = True
     """Let the step size fall linearly to 0 at the last decision."""
-    beta: float = 0.3
+    beta: float = 0.1
     """Discount rate, 1/s: a reward t seconds ahead counts exp(-beta t).
 
     Scenarios say theirs. A decision matters for about as long as its request runs; a much longer horizon
@@ -33,7 +33,7 @@ class PPOConfig:
     """Horizon of generalised advantage estimation, seconds: lambda = exp(-elapsed / horizon)."""
     clip_range: float = 0.2
     """Bound on the change of the probability ratio."""
-    entropy_coef: float = 0.01
+    entropy_coef: float = 0.002
     """Weight of the entropy bonus."""
     value_coef: float = 0.5
     """Weight of the value loss."""

@@ -45,9 +45,9 @@ class Command(Setup):
     """Decisions to train on, over all lanes."""
     loads: tuple[float, float] | None = None
     """Lowest and highest offered load, fractions of saturation; an episode draws one between them."""
-    n_envs: int = 256
+    n_envs: int = 128
     """Lanes: clusters that are simulated side by side."""
-    group_size: int = 8
+    group_size: int = 16
     """Lanes that play the same episodes side by side, for PPO's group-relative advantages."""
     episodes: int = 512
     """Different episodes that the lanes draw from."""
