@@ -26,10 +26,11 @@ def gae(
     With decision t at s_t, tau_t seconds before the next one, and V the value function:
 
         d_t     = exp(-beta tau_t),  l_t = exp(-tau_t / horizon)
-        delta_t = r_t + d_t V(s_t+1) - V(s_t)
+        delta_t = r_t (1 - d_t) / (beta tau_t) + d_t V(s_t+1) - V(s_t)
         A_t     = delta_t + d_t l_t A_t+1           (without the second term where an episode ends)
 
-    Lambda is a function of time like the discount: a lambda per decision would look further ahead on a small
+    The reward accrues over the transition, here taken to be even: the factor is the mean of exp(-beta s) over
+    it, which matters for the long drain after the last decision of an episode. Lambda is a function of time like the discount: a lambda per decision would look further ahead on a small
     fleet than on a large one, where decisions follow each other faster.
 
     Args:
@@ -45,7 +46,9 @@ def gae(
     Returns:
         Advantages float64 [T, B]; the return that a value function learns is `values` + them.
     """
-    deltas = rewards + np.exp(-beta * elapsed_s) * next_values - values
+    rate = beta * elapsed_s
+    mean_discount = np.divide(-np.expm1(-rate), rate, out=np.ones_like(rate), where=rate > 0)
+    deltas = rewards * mean_discount + np.exp(-rate) * next_values - values
     carry = np.exp(-(beta + 1.0 / horizon_s) * elapsed_s) * ~ends
     advantages = np.empty_like(deltas)
     ahead = np.zeros(deltas.shape[1])

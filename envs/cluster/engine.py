@@ -413,13 +413,12 @@ def _last_step_ps(world, l, i):
 def _first_tokens(world, l, i, now):
     """The prompts that this iteration completed stream a token and decode from now on."""
     inst = world.instance[l, i]
-    first_row = world.lane[l].first_row
     for at in range(inst.running, inst.running + inst.fresh):
         r = world.run[l, i, REQUEST, at]
         req = world.req[l, r]
         if req.first == NEVER:
             req.first = now
-            inst.prefill_tokens -= world.row[first_row + r].prompt
+            inst.prefill_tokens -= req.booked
         else:
             world.run[l, i, GAP, at] = max(world.run[l, i, GAP, at], now - req.last)
         _join(world, l, i, at)

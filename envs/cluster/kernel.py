@@ -21,18 +21,25 @@ _CONFIG: Any = numba.config  # a module that makes its names as it is imported
 
 
 def _cache_folder() -> str:
-    """Folder of the compiled kernels of exactly these sources."""
+    """Folder of the compiled kernels of exactly these sources, and of the constants that they compile in."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(_ROOM.rglob("*.py")):
-        text = path.read_bytes()
-        if b"kernel" in text:
-            digest.update(text)
-    for base in (os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache"):
-        if base and os.access(base, os.W_OK):
-            break
-    else:
-        base = tempfile.gettempdir()
-    return str(Path(base) / "servegym" / digest.hexdigest()[:16])
+    sources = [*(_ROOM / "cluster").rglob("*.py"), _ROOM / "costs" / "model.py", _ROOM / "scenario.py"]
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return str(_cache_root() / digest.hexdigest()[:16])
+
+
+def _cache_root() -> Path:
+    """A folder that only this user writes: numba unpickles what it finds there."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    root = Path(named) / "servegym" if named else Path.home() / ".cache" / "servegym"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK):
+            return root
+    except OSError:
+        pass  # no home to write to: compile anew in each process
+    return Path(tempfile.mkdtemp(prefix="servegym-"))
 
 
 _FOLDER = _cache_folder()

@@ -160,7 +160,10 @@ def dispatch(world, l, i):
     world.req[l, r].instance = i
     lane.pending = NONE
     inst.inflight += 1
-    inst.prefill_tokens += row.prompt
+    # The router's view: what the prefix cache holds now is not in the queue.
+    hit = prefix.match(world, l, i, lane.first_row + r, row.prompt - 1)[0] * inst.unit_tokens
+    world.req[l, r].booked = row.prompt - hit
+    inst.prefill_tokens += row.prompt - hit
     inst.prompt_tokens += row.prompt
     inst.predicted_tokens += row.predicted
     waiting.enqueue(world, l, i, r)

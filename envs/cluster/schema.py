@@ -61,7 +61,7 @@ INSTANCE = (
     Feature(
         "inflight_prefill_tokens",
         "tokens",
-        "router: prompts sent whose first token has not come",
+        "router: uncached part of prompts sent whose first token has not come",
         512.0,
         "log",
     ),

@@ -68,7 +68,8 @@ INSTANCE = _record(
     unit_blocks="i8", unit_tokens="i8", units="i8", idle_units="i8", oldest="i8", newest="i8", spare="i8",
 )  # fmt: skip
 REQ = _record(
-    next="i4", instance="i4", done="i4", units="i4", preemptions="i4", cached="i4", lost="i8", order="i8",
+    next="i4", instance="i4", done="i4", units="i4", preemptions="i4", cached="i4", booked="i4",
+    lost="i8", order="i8",
     arrived="i8", dispatched="i8", first="i8", finished="i8", last="i8", gap="i8",
 )  # fmt: skip
 # A cached prefix block: its id, how many requests hold it, its neighbours in the order of idle blocks.

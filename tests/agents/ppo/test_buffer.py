@@ -6,6 +6,11 @@ import torch
 from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae, group_relative
 
 
+def mean_discount(rate):
+    """Mean of exp(-s) for s from 0 to `rate`: what a reward that accrues evenly is worth at its start."""
+    return (1 - np.exp(-rate)) / rate
+
+
 def test_gae_by_hand():
     """Three decisions, 1 s, 2 s and 1 s apart, at a discount and a lambda of one half a second.
 
@@ -16,6 +21,7 @@ def test_gae_by_hand():
     elapsed = np.array([1.0, 2.0, 1.0])[:, None]
     half = np.log(2)
     rewards, values, after = (np.array(x, float)[:, None] for x in ([1, 2, 4], [3, 1, 2], [1, 2, 8]))
+    rewards /= mean_discount(half * elapsed)
     advantages = gae(rewards, values, after, elapsed, np.zeros((3, 1), bool), half, 1 / half)
     np.testing.assert_allclose(advantages[:, 0], [-1.03125, 1.875, 6.0])
 
@@ -23,7 +29,7 @@ def test_gae_by_hand():
 @pytest.mark.parametrize(("final_value", "first"), [(0.0, -2.0), (6.0, 1.0)])
 def test_gae_stops_at_the_end_of_an_episode(final_value, first):
     """Termination (nothing follows) and truncation (the final observation's value) differ by that only."""
-    rewards, values = np.array([[1.0], [5.0]]), np.array([[3.0], [1.0]])
+    rewards, values = np.array([[1.0], [5.0]]) / mean_discount(np.log(2)), np.array([[3.0], [1.0]])
     after, ends = np.array([[final_value], [0.0]]), np.array([[True], [True]])
     advantages = gae(rewards, values, after, np.full((2, 1), np.log(2)), ends, 1.0, 3.0)
     np.testing.assert_allclose(advantages[:, 0], [first, 4.0])
@@ -36,7 +42,8 @@ def test_gae_with_lambda_one_is_the_discounted_return():
     after = np.concatenate([values[1:], last[None]])
     advantages = gae(rewards, values, after, elapsed, np.zeros((20, 3), bool), 0.1, np.inf)
     since = np.concatenate([np.zeros((1, 3)), elapsed.cumsum(0)])
-    returns = (np.exp(-0.1 * since[:-1]) * rewards).sum(0) + np.exp(-0.1 * since[-1]) * last
+    accrued = mean_discount(0.1 * elapsed) * rewards
+    returns = (np.exp(-0.1 * since[:-1]) * accrued).sum(0) + np.exp(-0.1 * since[-1]) * last
     np.testing.assert_allclose(values[0] + advantages[0], returns)
 
 
