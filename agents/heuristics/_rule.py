@@ -17,6 +17,10 @@ _EDGE = {feature.name: index for index, feature in enumerate(schema.EDGE)}
 _GLOBAL = {feature.name: index for index, feature in enumerate(schema.GLOBAL)}
 
 
+# Random numbers that a lane's generator draws at a time: the loop over the lanes is rare, the block small.
+_BLOCK = 256
+
+
 class View:
     """A batch of dispatch observations, read by feature name.
 
@@ -76,10 +80,9 @@ class Rule:
     """A dispatch rule: the legal instance of least cost, or the default where none is legal.
 
     Attributes:
-        random_ties: ties are drawn from the seeded generator instead of going to the lowest index; only
+        random_ties: ties are drawn from the lane's generator instead of going to the lowest index; only
             for rules whose publication does so.
-        search_space: tunable parameters and the values to try, so that every rule can be tuned with the
-            search budget that a learned policy gets.
+        search_space: tunable parameters and the values that `servegym.agents.heuristics.tuning` tries.
     """
 
     name: ClassVar[str]
@@ -92,7 +95,25 @@ class Rule:
     def reset(self, lanes: int, seed: int) -> None:
         """Forget everything and prepare for `lanes` parallel clusters."""
         self._lanes = lanes
-        self._rng = np.random.default_rng(seed)
+        self._generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(lanes)]
+        self._block = np.empty((lanes, 0))
+        self._drawn = 0
+
+    def uniform(self) -> np.ndarray:
+        """The next number in [0, 1) of each lane's own generator, [B, 1].
+
+        A lane gets the same numbers however many lanes there are, and however wide their rows.
+        """
+        if self._drawn == self._block.shape[1]:
+            self._block = np.stack([generator.random(_BLOCK) for generator in self._generators])
+            self._drawn = 0
+        self._drawn += 1
+        return self._block[:, self._drawn - 1 : self._drawn]
+
+    def pick(self, among: np.ndarray) -> np.ndarray:
+        """A uniformly random true column of each row of `among` [B, I]; int64 [B], 0 where none is."""
+        rank = among.cumsum(axis=1)
+        return (rank > np.floor(self.uniform() * rank[:, -1:])).argmax(axis=1)
 
     def cost(self, view: View) -> np.ndarray:
         """What sending the request to each instance costs, [B, I]; lower is better."""
@@ -116,11 +137,7 @@ class Rule:
         # A legal instance of infinite cost must still beat every illegal one.
         cost = np.minimum(self.cost(view), np.finfo(np.float64).max)
         cost[~view.legal] = np.inf
-        if self.random_ties:
-            tied = cost == cost.min(axis=1, keepdims=True)
-            best = np.where(tied, self._rng.random(cost.shape), -1.0).argmax(axis=1)
-        else:
-            best = cost.argmin(axis=1)
+        best = self.pick(cost == cost.min(axis=1, keepdims=True)) if self.random_ties else cost.argmin(axis=1)
         return np.where(view.legal.any(axis=1), best + 1, 0)
 
 

@@ -21,7 +21,7 @@ class PowerOfTwo(Rule):
 
     def cost(self, view: View) -> np.ndarray:
         """Requests in flight at the two drawn instances and infinity elsewhere, [B, I]."""
-        draw = np.where(view.legal, self._rng.random(view.legal.shape), np.inf)
-        second = min(1, draw.shape[1] - 1)
-        drawn = draw <= np.partition(draw, second, axis=1)[:, second : second + 1]
-        return np.where(drawn, view.instance("inflight"), np.inf)
+        instances = np.arange(view.legal.shape[1])
+        first = instances == self.pick(view.legal)[:, None]
+        second = instances == self.pick(view.legal & ~first)[:, None]
+        return np.where(first | second, view.instance("inflight"), np.inf)

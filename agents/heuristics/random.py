@@ -11,7 +11,8 @@ class Random(Rule):
     """Every legal instance with equal probability."""
 
     name = "random"
+    random_ties = True
 
     def cost(self, view: View) -> np.ndarray:
-        """Independent uniform draws, [B, I]: the least is at a uniformly random legal instance."""
-        return self._rng.random(view.legal.shape)
+        """The same everywhere, [B, I]."""
+        return np.zeros(view.legal.shape)

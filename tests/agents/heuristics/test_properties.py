@@ -82,7 +82,7 @@ def test_permuted_instances_permute_the_answer(name, lanes, count, seed):
 @settings(max_examples=40, deadline=None)
 @given(ties=st.booleans(), **SIZES)
 def test_lanes_are_independent(name, lanes, count, seed, ties):
-    ties = ties and not HEURISTICS[name].random_ties
+    ties = ties and not HEURISTICS[name].random_ties  # each lane has random numbers of its own
     steps = [random_batch(lanes, count, seed + step, ties) for step in range(3)]
     together, alone = make_heuristic(name), make_heuristic(name)
     together.reset(lanes, seed)
@@ -92,6 +92,25 @@ def test_lanes_are_independent(name, lanes, count, seed, ties):
         for step, obs in enumerate(steps):
             one = {key: value[lane : lane + 1] for key, value in obs.items()}
             assert alone.act(one)[0] == answers[step, lane]
+
+
+@pytest.mark.parametrize("name", [name for name, rule in HEURISTICS.items() if rule.random_ties])
+def test_more_lanes_and_wider_rows_change_no_answer(name):
+    """Over more decisions than a block of random numbers holds."""
+    few, many = make_heuristic(name), make_heuristic(name)
+    few.reset(3, 5)
+    many.reset(9, 5)
+    answers = []
+    for step in range(600):
+        obs = random_batch(9, 6, seed=step, ties=True)
+        obs["mask"][:3, 5:] = 0  # instances 4 and 5 are padding where only three lanes play
+        narrow = {key: value[:3] for key, value in obs.items()}
+        narrow |= {key: narrow[key][:, :4] for key in ("instances", "oracle")}
+        narrow |= {key: narrow[key][:, :5] for key in ("edges", "mask")}
+        answers.append(few.act(narrow))
+        np.testing.assert_array_equal(many.act(obs)[:3], answers[-1])
+    lanes = np.array(answers).T
+    assert not np.array_equal(lanes[0], lanes[1])
 
 
 @pytest.mark.parametrize("name", sorted(set(heuristic_names()) - STATEFUL))
