@@ -1,7 +1,7 @@
 """Checkpoints: a folder of JSON and safetensors, written whole or not at all, checked on the way in.
 
     policy.safetensors      the network's parameters, named as in `servegym.models.layers`
-    config.json             what they are: see `CheckpointInfo`
+    config.json             what they are, and the SHA-256 of each file of arrays: see `CheckpointInfo`
     optimizer.safetensors   Adam's moments
     trainer.safetensors     random state, return normaliser, counters, the lanes' observations
     env.safetensors         the environment's lanes, as its `save_state` gives them
@@ -11,11 +11,12 @@ A checkpoint without the last three plays and is exported, but cannot be resumed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class CheckpointInfo:
         schema_hash: of the observation contract.
         versions: of the software that wrote the checkpoint.
         format: of the folder.
+        sha256: of each safetensors file, by name; `save_checkpoint` fills it in.
     """
 
     network: NetworkConfig
@@ -74,6 +76,7 @@ class CheckpointInfo:
     schema_hash: str = field(default_factory=schema_hash)
     versions: dict[str, str] = field(default_factory=_versions)
     format: int = FORMAT
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -114,6 +117,7 @@ def save_checkpoint(
             safetensors.numpy.save_file(
                 {k: np.asarray(a, order="C") for k, a in arrays.items()}, fresh / name
             )
+    info = replace(info, sha256={path.name: _sha256(path) for path in sorted(fresh.iterdir())})
     for name, text in {**(extra or {}), CONFIG: json.dumps(asdict(info), indent=2) + "\n"}.items():
         (fresh / name).write_text(text, encoding="utf-8")
     _replace(folder, fresh)
@@ -163,6 +167,7 @@ _KINDS: dict[str, Any] = {
     "schema_hash": str,
     "format": int,
     "versions": dict,
+    "sha256": dict,
     "scenario": (dict, type(None)),
 }
 
@@ -176,22 +181,30 @@ def read_network(folder: str | Path) -> tuple[DenseNetwork, CheckpointInfo]:
     info = read_info(folder)
     network = DenseNetwork(info.network)
     path = Path(folder) / POLICY
-    weights = read_arrays(path)
+    weights = read_arrays(path, info)
     check_arrays(path, weights, {name: p.numpy() for name, p in network.state_dict().items()})
     network.load_state_dict({name: torch.from_numpy(a) for name, a in weights.items()})
     return network, info
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file.
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_arrays(path: Path, info: CheckpointInfo) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file of the checkpoint that `info` describes.
 
     Raises:
-        InputError: for a file that is missing or damaged.
+        InputError: for a file that is missing, damaged, or not the one that was saved.
     """
+    if not path.is_file():
+        raise InputError(path, "file", path.name, "missing from the checkpoint")
+    found, saved = _sha256(path), info.sha256.get(path.name)
+    if found != saved:
+        hint = f"{CONFIG} says {saved}: damaged or changed; use another checkpoint"
+        raise InputError(path, "sha256", found, hint)
     try:
         return safetensors.numpy.load_file(path)
-    except OSError as error:
-        raise InputError(path, "file", path.name, "missing from the checkpoint") from error
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise InputError(path, "safetensors", str(error), "damaged; use another checkpoint") from error
 

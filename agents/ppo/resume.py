@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from servegym.agents.ppo.checkpoint import ENV, OPTIMIZER, TRAINER, check_arrays, read_arrays
+from servegym.agents.ppo.checkpoint import ENV, OPTIMIZER, TRAINER, check_arrays, read_arrays, read_info
 from servegym.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ def load_state(model: PPO, folder: Path) -> None:
     """Put a checkpoint's optimizer, trainer and environment state into a fresh trainer.
 
     Raises:
-        InputError: where one of them is missing or does not fit the trainer's environment.
+        InputError: where one of them is missing, changed, or does not fit the trainer's environment.
     """
     for name in (OPTIMIZER, TRAINER, ENV):
         if not (folder / name).is_file():
             raise InputError(folder, name, "absent", "this checkpoint plays but cannot be resumed")
-    moments = read_arrays(folder / OPTIMIZER)
+    info = read_info(folder)
+    moments = read_arrays(folder / OPTIMIZER, info)
     check_arrays(folder / OPTIMIZER, moments, optimizer_state(model))
     for name, parameter in model.network.named_parameters():
         state = {key: torch.from_numpy(moments[f"{name}.{key}"]) for key in _ADAM}
@@ -58,7 +59,7 @@ def load_state(model: PPO, folder: Path) -> None:
             k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
         }
 
-    arrays = read_arrays(folder / TRAINER)
+    arrays = read_arrays(folder / TRAINER, info)
     model.observation = {name: rows[0].copy() for name, rows in model.buffer.obs.items()}
     check_arrays(folder / TRAINER, arrays, trainer_state(model))
     model.observation = {name: arrays[f"observation.{name}"] for name in model.observation}
@@ -66,4 +67,4 @@ def load_state(model: PPO, folder: Path) -> None:
     model.normalizer.load(arrays["normalizer"])
     model.episode_return, model.episode_length = arrays["episode_return"], arrays["episode_length"]
     model._n_updates = int(arrays["updates"][0])
-    model.vector_env.load_state(read_arrays(folder / ENV))  # type: ignore[attr-defined]
+    model.vector_env.load_state(read_arrays(folder / ENV, info))  # type: ignore[attr-defined]

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -98,6 +99,27 @@ def test_light_checkpoint_plays_and_refuses_to_resume(trained, least_inflight, t
         PPO.resume(tmp_path / "light", least_inflight(8))
 
 
+@pytest.mark.parametrize("part", ["policy", "optimizer", "trainer", "env"])
+def test_a_flipped_bit_is_refused(folder, least_inflight, part):
+    """The last byte belongs to an array: without the digest it would load."""
+    path = folder / f"{part}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    assert safetensors.numpy.load_file(path)
+    with pytest.raises(InputError, match=rf"{part}\.safetensors: sha256"):
+        PPO.resume(folder, least_inflight(8))
+
+
+def test_files_of_two_checkpoints_do_not_mix(trained, folder, least_inflight):
+    trained[0].save(folder.with_name("other"))
+    model = train(least_inflight(8), total=8 * 16)
+    model.save(folder)
+    shutil.copy(folder.with_name("other") / "optimizer.safetensors", folder)
+    with pytest.raises(InputError, match=r"optimizer\.safetensors: sha256"):
+        PPO.resume(folder, least_inflight(8))
+
+
 def edit(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -159,6 +181,7 @@ def test_refuses_weights_that_are_not_finite_or_misshapen(folder):
     broken[0, 0] = np.nan
     for value in (broken, broken[:, :-1], broken.astype(np.float64)):
         safetensors.numpy.save_file(arrays | {"head_score.weight": np.ascontiguousarray(value)}, path)
+        edit(folder, sha256={path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
         with pytest.raises(InputError, match=r"head_score\.weight"):
             load_policy(folder)
 
