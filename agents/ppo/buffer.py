@@ -30,8 +30,9 @@ def gae(
         A_t     = delta_t + d_t l_t A_t+1           (without the second term where an episode ends)
 
     The reward accrues over the transition, here taken to be even: the factor is the mean of exp(-beta s) over
-    it, which matters for the long drain after the last decision of an episode. Lambda is a function of time like the discount: a lambda per decision would look further ahead on a small
-    fleet than on a large one, where decisions follow each other faster.
+    it, which matters for the long drain after the last decision of an episode. Lambda is a function of time
+    like the discount: a lambda per decision would look further ahead on a small fleet than on a large one,
+    where decisions follow each other faster.
 
     Args:
         rewards: r, float64 [T, B].

@@ -38,7 +38,7 @@ class DispatchEnv(gymnasium.Env):
 
     | key | shape | dtype | what |
     |---|---|---|---|
-    | `instances` | (I, 15) | float32 | load, memory, settings and speed of each instance |
+    | `instances` | (I, 16) | float32 | load, memory, settings and speed of each instance |
     | `requests` | (1, 8) | float32 | the request: prompt, predicted output, priority, service level, turn |
     | `candidates` | (I + 1, 2) | int32 | request row and instance row that each answer joins |
     | `edges` | (I + 1, 7) | float32 | per answer: prefix hit, queue, prefill, step and memory after it |

@@ -274,8 +274,7 @@ def _step_s(world, p, n, context, j):
         j += 1
     while n * knot[p, j] > context:
         j -= 1
-    attention = world.decode_base[p, n, j] + world.decode_slope[p, n, j] * (context - n * knot[p, j])
-    return (world.linear[p, n] + world.head[p, n] + attention) * _SECOND, j
+    return world.glance[p, n, j, 0] + world.glance[p, n, j, 1] * (context - n * knot[p, j]), j
 
 
 @kernel

@@ -103,6 +103,7 @@ class World(NamedTuple):
     setting: np.ndarray  # SETTING [F, I]
     fleet_size: np.ndarray  # int64 [F]
     sensing: np.ndarray  # SENSING [1]
+    glance: np.ndarray  # float32 [P, S + 1, J, 2]; a decode step at each knot, and per token more, s
     # cost tables, the fields of CostTables: kernels give the world itself to the cost model, since a parallel
     # loop takes a flat tuple only
     linear: np.ndarray

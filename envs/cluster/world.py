@@ -66,7 +66,8 @@ def build_world(
     Raises:
         InputError: for settings that contradict each other, and for a request that fits no instance.
     """
-    workloads = list({id(e.workload): e.workload for e in episodes}.values())
+    drawn = list({_key(e): (e.workload, e.predicted_output) for e in episodes}.values())
+    workloads = [workload for workload, _ in drawn]
     clusters = list({id(e.cluster): e.cluster for e in episodes}.values())
     names = sorted({i.profile for c in clusters for i in c.instances})
     profiles = {name: load_profile(name) for name in names}
@@ -77,9 +78,8 @@ def build_world(
     )
     _measure_speeds(settings, tables)
     sizes = np.array([len(c) for c in clusters], np.int64)
-    predicted = {id(e.workload): e.predicted_output for e in episodes}
-    rows, prefixes, starts = _rows(workloads, predicted, slo, class_slo or {})
-    bank = _episodes(episodes, workloads, clusters, starts)
+    rows, prefixes, starts = _rows(drawn, slo, class_slo or {})
+    bank = _episodes(episodes, clusters, starts)
     for episode, entry in zip(episodes, bank, strict=True):
         _check_fit(episode, settings[entry["fleet"]][: len(episode.cluster)])
     running = min(int(settings["max_seqs"].max()), longest)
@@ -102,6 +102,7 @@ def build_world(
         setting=settings,
         fleet_size=sizes,
         sensing=_sensing(sensing or Sensing()),
+        glance=_glance(tables),
         **tables._asdict(),
     )
     seed_lanes(world, seed)
@@ -151,6 +152,12 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
     )  # fmt: skip
 
 
+def _glance(tables: CostTables) -> np.ndarray:
+    """Decode steps of equally long requests, as observations want them: one line of memory for each look."""
+    fixed = tables.linear[:, : tables.head.shape[1]] + tables.head
+    return np.stack([tables.decode_base + fixed[..., None], tables.decode_slope], -1).astype(np.float32) / PS
+
+
 def _measure_speeds(settings: np.ndarray, tables: CostTables) -> None:
     """Fill in each instance's tokens/s: prefill of a full chunk, decode at the reference length."""
     for setting in settings.reshape(-1):
@@ -164,16 +171,20 @@ def _measure_speeds(settings: np.ndarray, tables: CostTables) -> None:
         setting["decode_tokens_per_s"] = n / (stretch_ps(tables, p, n, n * length, length, 1) / PS)
 
 
+def _key(episode: Episode) -> tuple[int, int]:
+    """Episodes share rows when they share the requests and what a predictor says of them."""
+    return id(episode.workload), id(episode.predicted_output)
+
+
 def _rows(
-    workloads: Sequence[Workload],
-    predicted: Mapping[int, np.ndarray],
+    drawn: Sequence[tuple[Workload, np.ndarray]],
     slo: Slo,
     class_slo: Mapping[str, Slo],
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """All workloads in one ROW array, their prefix ids, and the first row of each."""
-    rows = np.zeros(sum(len(w) for w in workloads), ROW)
+    """All workloads with their predictions in one ROW array, prefix ids, and the first row of each."""
+    rows = np.zeros(sum(len(w) for w, _ in drawn), ROW)
     starts, start, prefix_start = [], 0, 0
-    for w in workloads:
+    for w, predicted in drawn:
         part = rows[start : start + len(w)]
         closed = w.after >= 0
         part["arrived"] = np.where(closed, NEVER, np.rint(w.arrived_at_s * PS).astype(np.int64))
@@ -182,7 +193,7 @@ def _rows(
         part["next_turn"][w.after[closed]] = np.flatnonzero(closed)
         part["previous_turn"] = _previous_turns(w)
         part["prompt"], part["output"] = w.prompt_tokens, w.output_tokens
-        part["predicted"] = predicted[id(w)]
+        part["predicted"] = predicted
         part["prefix"] = w.prefix_offsets[:-1] + prefix_start
         part["prefixes"] = np.diff(w.prefix_offsets)
         part["priority"], part["turn"], part["klass"] = w.priority, np.maximum(w.turn, 0), w.class_id
@@ -192,7 +203,7 @@ def _rows(
         starts.append(start)
         start += len(w)
         prefix_start += len(w.prefix_ids)
-    return rows, np.concatenate([w.prefix_ids for w in workloads]).astype(np.int32), starts
+    return rows, np.concatenate([w.prefix_ids for w, _ in drawn]).astype(np.int32), starts
 
 
 def _previous_turns(w: Workload) -> np.ndarray:
@@ -215,16 +226,15 @@ def _sessions(w: Workload) -> int:
 
 def _episodes(
     episodes: Sequence[Episode],
-    workloads: Sequence[Workload],
     clusters: Sequence[ClusterSpec],
     starts: Sequence[int],
 ) -> np.ndarray:
-    workload_index = {id(w): k for k, w in enumerate(workloads)}
+    first_row = dict(zip(dict.fromkeys(_key(e) for e in episodes), starts, strict=True))
     cluster_index = {id(c): k for k, c in enumerate(clusters)}
     bank = np.zeros(len(episodes), EPISODE)
     for entry, episode in zip(bank, episodes, strict=True):
         w = episode.workload
-        entry["first_row"], entry["rows"] = starts[workload_index[id(w)]], len(w)
+        entry["first_row"], entry["rows"] = first_row[_key(episode)], len(w)
         entry["fleet"] = cluster_index[id(episode.cluster)]
         entry["prefix_tokens"] = w.prefix_block_tokens
         entry["longest_output"] = w.max_output_tokens
