@@ -78,9 +78,10 @@ def load_bundle(folder: str | Path) -> BundlePolicy:
     manifest = _manifest(folder)
     for name, expected in manifest["files"].items():
         _check_hash(folder / name, expected)
-    if manifest["schema"]["hash"] != schema_hash():
+    observed = manifest["schema"].get("hash")
+    if observed != schema_hash():
         hint = f"this version observes {schema_hash()}; export the checkpoint again with it"
-        raise InputError(folder / MANIFEST, "schema.hash", manifest["schema"]["hash"], hint)
+        raise InputError(folder / MANIFEST, "schema.hash", observed, hint)
     try:
         policy = BundlePolicy(folder / GRAPH, manifest)
     except Exception as error:  # onnxruntime's errors have no common base class
@@ -128,10 +129,27 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise InputError(
             path, "sha256", found, f"{MANIFEST}.sha256 says otherwise; the file was changed after export"
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
-        raise InputError(path, "format", manifest["format"], f"this version reads format {FORMAT}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(path, "JSON", str(error), "the bundle is damaged; export it again") from error
+    _check_manifest(path, manifest)
     return manifest
+
+
+def _check_manifest(path: Path, manifest: Any) -> None:
+    """Refuse a manifest that lacks what loading relies on, or that vouches for other files."""
+    hint = "the bundle is damaged; export it again"
+    if not isinstance(manifest, dict):
+        raise InputError(path, "JSON", type(manifest).__name__, hint)
+    if manifest.get("format") != FORMAT:
+        raise InputError(path, "format", manifest.get("format"), f"this version reads format {FORMAT}")
+    for name, kind in (("policy", str), ("schema", dict), ("files", dict)):
+        if not isinstance(manifest.get(name), kind):
+            raise InputError(path, name, manifest.get(name), hint)
+    if set(manifest["files"]) != {GRAPH, WEIGHTS, GOLDEN, CARD}:
+        expected = ", ".join((GRAPH, WEIGHTS, GOLDEN, CARD))
+        raise InputError(path, "files", sorted(manifest["files"]), f"expected {expected}")
 
 
 def digest_line(digest: str) -> str:

@@ -25,6 +25,7 @@ from servegym.envs.cluster import schema
 from servegym.errors import InputError
 from servegym.models import numpy_policy
 from servegym.models.dense import DenseNetwork
+from servegym.models.features import ARRAYS
 from servegym.runtime.bundle import (
     CARD,
     FORMAT,
@@ -42,17 +43,6 @@ from servegym.runtime.bundle import (
 )
 
 OPSET = 20
-ARRAYS = (
-    "instances",
-    "requests",
-    "candidates",
-    "edges",
-    "globals",
-    "history",
-    "instance_mask",
-    "mask",
-    "kind",
-)
 ACTIONS = (
     "argmax of logits; 0 leaves the choice to the default rule, k >= 1 sends the request to instance row "
     "k - 1; candidates with mask 0 score at most -1e9"

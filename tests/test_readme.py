@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
 LINES = [line.split("  #")[0].strip() for line in BLOCKS.splitlines()]
+COMMAND = re.compile(r"python (train|evaluate|export)\.py")
 
 
 def test_every_metric_is_explained():
@@ -21,15 +24,28 @@ def test_every_metric_is_explained():
         assert f"| `{metric.name}` | {metric.unit} | {metric.doc} |" in TEXT
 
 
-@pytest.mark.parametrize(
-    "line", [line for line in LINES if re.match(r"python (train|evaluate|export)\.py", line)]
-)
-def test_commands_parse(line):
+def parses(line: str) -> None:
     words = shlex.split(line)
     name = words[1].removesuffix(".py")
     assert name in COMMANDS
     module = __import__(f"servegym.commands.{name}", fromlist=["Command"])
     tyro.cli(module.Command, args=words[2:])  # leaves with an error message where a flag is unknown
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if COMMAND.match(line)])
+def test_commands_parse(line):
+    parses(line)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_commands_of_make_train_parse(tmp_path):
+    make = ["make", "--dry-run", "--no-print-directory", "-C", str(ROOT), "train", f"VENV={tmp_path}"]
+    output = subprocess.run(make, capture_output=True, text=True, check=True, timeout=30).stdout
+    lines = [f"python {line.partition(' ')[2]}" for line in output.splitlines()]
+    commands = [line for line in lines if COMMAND.match(line)]
+    assert len(commands) == 3
+    for line in commands:
+        parses(line)
 
 
 def test_mentioned_files_exist():

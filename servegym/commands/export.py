@@ -19,7 +19,9 @@ from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.scenario import Scenario, read_scenario
 from servegym.errors import InputError
 from servegym.files import console, trace_hashes
-from servegym.runtime.export import ARRAYS, Origin, export_bundle
+from servegym.flags import check_seed
+from servegym.models.features import ARRAYS
+from servegym.runtime.export import Origin, export_bundle
 
 LANES, REQUESTS, MOMENTS = 4, 96, (5, 45, 90)  # golden observations: idle, busy and late in short episodes
 
@@ -43,6 +45,7 @@ class Command:
 
     def run(self) -> int:
         """Export, check, and say how fast it decides."""
+        check_seed("export", self.seed)
         make_heuristic(self.fallback)
         folder = Path(self.trained_agent)
         network, info = read_network(folder)
@@ -109,7 +112,11 @@ def _rows(observation: Observation) -> int:
 def _metrics(folder: Path) -> dict[str, Any]:
     """metrics.json of a checkpoint; nothing where training did not get as far."""
     path = folder / "metrics.json"
+    hint = "damaged; delete it or use another checkpoint"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise InputError(path, "JSON", str(error), "damaged; delete it or use another checkpoint") from error
+        raise InputError(path, "JSON", str(error), hint) from error
+    if not isinstance(metrics, dict):
+        raise InputError(path, "JSON", type(metrics).__name__, hint)
+    return metrics

@@ -12,7 +12,7 @@ from servegym.envs.cluster import schema
 from servegym.errors import InputError
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
-from servegym.runtime.bundle import check_golden, load_bundle, read_golden
+from servegym.runtime.bundle import check_golden, digest_line, load_bundle, read_golden, sha256
 from servegym.runtime.export import Origin, export_bundle, resize
 
 
@@ -116,6 +116,41 @@ def test_a_missing_file_is_refused(bundle):
         with pytest.raises(InputError):
             load_bundle(bundle)
         file.write_bytes(good)
+
+
+def unlisted(text: str) -> str:
+    manifest = json.loads(text)
+    del manifest["files"]["policy.onnx"]
+    return json.dumps(manifest)
+
+
+def outside(text: str) -> str:
+    manifest = json.loads(text)
+    manifest["files"]["../elsewhere"] = "0" * 64
+    return json.dumps(manifest)
+
+
+def renamed(text: str) -> str:
+    return json.dumps({**json.loads(text), "policy": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda _: "{}", "format = None"),
+        (lambda _: "[]", "JSON = 'list'"),
+        (lambda text: text[:-20], "JSON = "),
+        (renamed, "policy = None"),
+        (unlisted, "files = .*expected policy.onnx"),
+        (outside, "files = .*elsewhere"),
+    ],
+)
+def test_a_manifest_that_cannot_be_right_is_refused_even_with_its_hash(bundle, change, told):
+    manifest = bundle / "manifest.json"
+    manifest.write_text(change(manifest.read_text()))
+    (bundle / "manifest.json.sha256").write_text(digest_line(sha256(manifest)))
+    with pytest.raises(InputError, match=told):
+        load_bundle(bundle)
 
 
 def test_another_schema_is_refused(bundle, monkeypatch):

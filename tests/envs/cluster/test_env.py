@@ -1,6 +1,7 @@
 """The scalar environment against Gymnasium's own checks."""
 
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import servegym.envs
+from servegym.envs.cluster import schema
 from servegym.envs.cluster.env import DispatchEnv
 from servegym.envs.cluster.episode import make_episodes
+from servegym.envs.cluster.vector import DispatchVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 
@@ -21,11 +24,34 @@ def episodes():
     return make_episodes(SMALL, 3, 0)
 
 
+def test_episodes_that_share_requests_keep_their_own_predictions(episodes):
+    first = episodes[0]
+    other = replace(first, predicted_output=first.predicted_output + 1000)
+    for episode in (first, other):
+        seen = DispatchEnv(SMALL, episodes=[episode]).reset(seed=0)[0]["requests"][0, 1]
+        assert seen == episode.predicted_output[0]
+    lanes = DispatchVectorEnv(2, SMALL, episodes=[first, other])
+    seen = lanes.reset(seed=0)[0]["requests"][:, 0, 1]
+    assert sorted(seen) == [first.predicted_output[0], other.predicted_output[0]]
+
+
 def test_check_env_without_a_warning(episodes):
     env = gym.make("ServeGym/Dispatch-v0", scenario=SMALL, episodes=episodes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(env.unwrapped)
+
+
+def test_the_observation_table_is_the_schema():
+    sizes = {
+        "instances": f"(I, {len(schema.INSTANCE)})",
+        "requests": f"(1, {len(schema.REQUEST)})",
+        "edges": f"(I + 1, {len(schema.EDGE)})",
+        "globals": f"({len(schema.GLOBAL)},)",
+        "history": f"({schema.HISTORY},)",
+    }
+    for name, shape in sizes.items():
+        assert f"| `{name}` | {shape} | float32 |" in (DispatchEnv.__doc__ or "")
 
 
 def test_registered_on_import():
