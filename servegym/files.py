@@ -13,6 +13,9 @@ from typing import Any
 from rich.console import Console
 
 import servegym
+from servegym.envs.cluster.spec import parse_cluster
+from servegym.envs.costs.profile import profile_path
+from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 
 WIDTH = 160
@@ -75,4 +78,22 @@ def git_revision() -> str | None:
 def trace_hashes(workload: str) -> dict[str, str]:
     """SHA-256 by path of a workload that is a file; nothing for generators."""
     path = Path(workload)
-    return {workload: hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+    return {workload: _sha256(path)} if path.is_file() else {}
+
+
+def input_hashes(scenario: Scenario) -> dict[str, str]:
+    """SHA-256 by name of the files behind a scenario: its trace and the cost profiles of its fleets.
+
+    Raises:
+        InputError: for a fleet that cannot be read, or a profile that is not there.
+    """
+    instances = (i for text in scenario.clusters for i in parse_cluster(text).instances)
+    profiles = {name: _sha256(profile_path(name)) for name in sorted({i.profile for i in instances})}
+    return trace_hashes(scenario.workload) | profiles
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(path, "file", path.name, f"cannot be read: {error}") from error

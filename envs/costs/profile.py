@@ -206,11 +206,11 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
-def load_profile(name_or_path: str | Path) -> Profile:
-    """A shipped profile by name, or one from a JSON file.
+def profile_path(name_or_path: str | Path) -> Path:
+    """The file of a shipped profile, or the path that was given.
 
     Raises:
-        InputError: unknown name, unreadable file, other schema version, or a field that does not fit.
+        InputError: unknown name.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -218,6 +218,16 @@ def load_profile(name_or_path: str | Path) -> Profile:
         if not path.is_file():
             known = ", ".join(profile_names())
             raise InputError("profile", "name", str(name_or_path), f"give a .json file or one of: {known}")
+    return path
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """A shipped profile by name, or one from a JSON file.
+
+    Raises:
+        InputError: unknown name, unreadable file, other schema version, or a field that does not fit.
+    """
+    path = profile_path(name_or_path)
     try:
         modified = path.stat().st_mtime_ns
     except OSError as error:

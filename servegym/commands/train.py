@@ -17,7 +17,7 @@ from servegym.envs.cluster.vector import DispatchVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.evaluation import Table, as_json
-from servegym.files import check_folder, command_line, console, git_revision, say
+from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say
 from servegym.flags import Setup
 from servegym.models.config import NetworkConfig
 from servegym.report import render
@@ -86,9 +86,12 @@ class Command(Setup):
         """Train, compare, write the card."""
         scenario = self._checked()
         folder = self._folder(scenario)
-        agent = self._agent(scenario, folder)
+        settings = self._settings(scenario)  # now: files may change while training goes on
+        agent = self._agent(scenario, folder, settings)
         callbacks = [
-            CheckpointCallback(folder, self.save_freq, lambda model: self._files(model, scenario, [])),
+            CheckpointCallback(
+                folder, self.save_freq, lambda model: self._files(model, scenario, settings, [])
+            ),
             EvaluationCallback(scenario, self.eval_freq, self.eval_episodes, self.num_threads),
         ]
         try:
@@ -100,7 +103,7 @@ class Command(Setup):
         tables = final_tables(
             NetworkPolicy(agent.network, folder.name), scenario, self.eval_episodes, self.num_threads
         )
-        agent.save(folder, self._files(agent, scenario, tables), resumable=False)
+        agent.save(folder, self._files(agent, scenario, settings, tables), resumable=False)
         for table in tables:
             console().print(render(table))
         say(f"checkpoint: {folder}")
@@ -141,11 +144,11 @@ class Command(Setup):
             )
         return folder
 
-    def _agent(self, scenario: Scenario, folder: Path) -> Agent:
+    def _agent(self, scenario: Scenario, folder: Path, settings: dict[str, Any]) -> Agent:
         logs = str(Path(self.tensorboard_log) / folder.name)
         track = self.wandb_project_name if self.track else None
         if self.resume:
-            self._check_settings(scenario, folder)
+            _check_settings(settings, folder)
         env = DispatchVectorEnv(
             self.n_envs,
             scenario,
@@ -181,22 +184,12 @@ class Command(Setup):
             "ppo": asdict(self._config(scenario)),
             "network": asdict(self.network),
         }
+        settings |= {f"sha256 of {name}": digest for name, digest in input_hashes(scenario).items()}
         return json.loads(json.dumps(settings | {name: getattr(self, name) for name in names}))
 
-    def _check_settings(self, scenario: Scenario, folder: Path) -> None:
-        info = read_info(folder)
-        path = folder / "metrics.json"
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                path, "settings", str(error), "this checkpoint plays but cannot be resumed"
-            ) from error
-        for name, value in self._settings(scenario).items():
-            if known.get(name) != value:
-                raise InputError(path, name, known.get(name), f"the run was started by: {info.command}")
-
-    def _files(self, agent: Agent, scenario: Scenario, tables: list[Table]) -> dict[str, str]:
+    def _files(
+        self, agent: Agent, scenario: Scenario, settings: dict[str, Any], tables: list[Table]
+    ) -> dict[str, str]:
         """metrics.json and README.md as they stand now."""
         timed = NetworkPolicy(agent.network)
         facts = {
@@ -208,7 +201,7 @@ class Command(Setup):
             "instances": 16,
             "decision_us": round(decision_us(timed, agent.observation, instances=16, repeats=200), 1),
         }
-        metrics = {**facts, "settings": self._settings(scenario), "tables": as_json(tables, samples=False)}
+        metrics = {**facts, "settings": settings, "tables": as_json(tables, samples=False)}
         return {
             "metrics.json": json.dumps(metrics, indent=1, allow_nan=False) + "\n",
             "README.md": card(self._policy_name(scenario), facts, scenario, tables),
@@ -216,6 +209,21 @@ class Command(Setup):
 
     def _policy_name(self, scenario: Scenario) -> str:
         return f"{self.name or f'{self.algo}-{scenario.name}'}-s{self.seed}"
+
+
+def _check_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume what was started with other settings, on another trace or with other costs."""
+    info = read_info(folder)
+    path = folder / "metrics.json"
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            path, "settings", str(error), "this checkpoint plays but cannot be resumed"
+        ) from error
+    for name, value in settings.items():
+        if known.get(name) != value:
+            raise InputError(path, name, known.get(name), f"the run was started by: {info.command}")
 
 
 def _check_device(name: str) -> None:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from servegym.agents.ppo import load_policy
 from servegym.cli import main
 from servegym.envs.cluster.schema import schema_hash
+from servegym.envs.costs.profile import profile_path
 from servegym.training import EvaluationCallback
 
 
@@ -69,6 +70,31 @@ def test_a_stopped_run_resumes_where_it_was_and_ends_the_same(
     assert "at 1,280 of 2,000 decisions" in capsys.readouterr().out
     whole = weights(trained)
     assert all(np.array_equal(whole[name], array) for name, array in weights(folder).items())
+
+
+def stop_at_once(self: EvaluationCallback) -> None:
+    if self.model.num_timesteps >= 256:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("changed", ["trace.csv", "mine.json"])
+def test_a_run_does_not_resume_on_changed_files(
+    changed, train_command, tmp_path, monkeypatch, refused, capsys
+):
+    lines = [f"2023-11-16 18:00:{k // 2:02}.{k % 2 * 5},{100 + k},{10 + k % 7}" for k in range(100)]
+    (tmp_path / "trace.csv").write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    shutil.copy(profile_path("a100-llama-3.1-8b"), tmp_path / "mine.json")
+    fleet = ("--cluster", f"2x{tmp_path / 'mine.json'}", "--workload", str(tmp_path / "trace.csv"))
+    command = [*train_command(tmp_path), *fleet]
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationCallback, "_on_rollout_start", stop_at_once)
+        assert main(command) == 130
+    capsys.readouterr()
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n" if changed == "mine.json" else "2023-11-16 18:01:00.0,100,10\n")
+    line = refused(*command, "--resume")
+    assert "sha256 of" in line
+    assert changed in line
 
 
 def test_only_unfinished_runs_resume(trained, train_command, refused, tmp_path):
