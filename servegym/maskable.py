@@ -1,10 +1,12 @@
 """sb3-contrib's MaskablePPO behind the interface of our PPO: same network, checkpoints and callbacks.
 
-It knows no semi-Markov time: its discount per decision is constant, and a stopped run cannot be resumed.
+It knows no semi-Markov time: its discount of a decision is constant, that of the mean time between two.
+Rewards are divided by the standard deviation of their discounted sum. A stopped run cannot be resumed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.vec_env import VecNormalize
 
 from servegym.agents.ppo import CheckpointInfo, PPOConfig, save_checkpoint
 from servegym.agents.ppo.tracking import WandbWriter
@@ -21,7 +24,7 @@ from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
 from servegym.models.sb3 import GraphMaskablePolicy
 
-GAMMA = 0.99
+PROBE = 64  # decisions of each lane that say how much time passes between two
 
 
 class MaskableTrainer(MaskablePPO):
@@ -30,7 +33,7 @@ class MaskableTrainer(MaskablePPO):
     Args:
         env: SAME_STEP and `copy=True`, as stable-baselines3 keeps observations across steps.
         network, config, seed, log_dir, track, scenario, command, device: as for `servegym.agents.ppo.PPO`;
-            of the hyperparameters, beta, gae_horizon_s, anneal and num_threads have no counterpart.
+            of the hyperparameters, gae_horizon_s, anneal and num_threads have no counterpart.
     """
 
     def __init__(
@@ -45,14 +48,15 @@ class MaskableTrainer(MaskablePPO):
         command: str,
         device: str,
     ) -> None:
+        gamma = math.exp(-config.beta * mean_elapsed_s(env, seed))
         super().__init__(
             GraphMaskablePolicy,
-            ServeGymVecEnv(env),
+            VecNormalize(ServeGymVecEnv(env), norm_obs=False, norm_reward=True, gamma=gamma),
             learning_rate=config.learning_rate,
             n_steps=config.n_steps,
             batch_size=config.batch_size,
             n_epochs=config.n_epochs,
-            gamma=GAMMA,
+            gamma=gamma,
             clip_range=config.clip_range,
             ent_coef=config.entropy_coef,
             vf_coef=config.value_coef,
@@ -92,3 +96,10 @@ class MaskableTrainer(MaskablePPO):
             total_steps=self._total_timesteps,
         )
         save_checkpoint(folder, info, self.network, extra=extra)
+
+
+def mean_elapsed_s(env: DispatchVectorEnv, seed: int) -> float:
+    """Mean seconds between two decisions of a lane, under the default answers; resets the environment."""
+    env.reset(seed=seed)
+    answers = np.zeros(env.num_envs, np.int64)
+    return float(np.mean([env.step(answers)[4]["elapsed_s"] for _ in range(PROBE)]))

@@ -17,7 +17,7 @@ from servegym.envs.cluster.vector import DispatchVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.evaluation import Table, as_json
-from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say
+from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say, warn
 from servegym.flags import Setup
 from servegym.models.config import NetworkConfig
 from servegym.report import render
@@ -166,6 +166,8 @@ class Command(Setup):
         agent = make(
             env, self.network, config, self.seed, logs, track, asdict(scenario), command_line(), self.device
         )
+        if self.algo != "ppo":
+            warn(f"{self.algo}: discount {agent.gamma:.6f} a decision; ppo.gae_horizon_s has no effect")
         megabytes = sum(a.nbytes for a in env.observation_space.sample().values()) * config.n_steps / 1e6
         say(
             f"{folder}: {self.n_timesteps:,} decisions in {self.n_envs} lanes, "

@@ -102,9 +102,10 @@ def test_only_unfinished_runs_resume(trained, train_command, refused, tmp_path):
     assert "cannot be resumed" in refused(*train_command(trained.parents[2], "--resume"))
 
 
-def test_maskable_ppo_trains_the_same_kind_of_checkpoint(train_command, tmp_path, refused):
+def test_maskable_ppo_trains_the_same_kind_of_checkpoint(train_command, tmp_path, refused, capsys):
     pytest.importorskip("sb3_contrib")
     assert main(train_command(tmp_path, "--algo", "maskable_ppo", "-n", "256")) == 0
+    assert "gae_horizon_s has no effect" in capsys.readouterr().err
     folder = tmp_path / "runs" / "Dispatch-v0" / "maskable_ppo-mixed-s0"
     assert load_policy(folder).name == "maskable_ppo-mixed-s0"
     assert "only ppo can be resumed" in refused(
