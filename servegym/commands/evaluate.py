@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from servegym.agents.heuristics import heuristic_names, make_heuristic
+from servegym.agents.heuristics import HEURISTICS, heuristic_names, make_heuristic
+from servegym.agents.heuristics.tuning import Parameters, tune
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.schema import schema_hash
-from servegym.envs.scenario import Scenario
+from servegym.envs.scenario import Scenario, load_scenario
 from servegym.errors import InputError
-from servegym.evaluation import Setting, Table, as_json, compare, load_of
+from servegym.evaluation import Setting, Table, as_json, compare, episodes_of, load_of, measure
 from servegym.files import check_folder, command_line, console, git_revision, trace_hashes, write_json
 from servegym.flags import Setup
 from servegym.loading import load_agent
 from servegym.report import plot, render
 
 TRACES = Path("../shared/traces/eval")  # recorded traces win over the generators that were fitted to them
+
+
+Tuned: TypeAlias = "dict[str, dict[str, Parameters]]"  # fleet -> heuristic -> its parameters
 
 
 @dataclass(kw_only=True)
@@ -46,6 +50,9 @@ class Command(Setup):
     """Episodes for each table; each draws its own window, prediction errors and noise."""
     seed: int = 0
     """The first seed."""
+    tune: bool = False
+    """First tune every heuristic that has parameters, for each fleet at its highest load: grid search by
+    goodput, at most 30 candidates, on other episodes of the scenario's generator."""
     num_threads: int = 2
     """Episodes that run at the same time."""
     log_folder: Annotated[str, tyro.conf.arg(aliases=("-f",))] = "runs/evaluate"
@@ -55,16 +62,20 @@ class Command(Setup):
         """Evaluate, print, write."""
         check_folder(self.log_folder)
         scenario = self._scenario()
-        heuristics = [make_heuristic(name) for name in self.policies or heuristic_names()]
+        names = self.policies or tuple(heuristic_names())
+        for name in names:
+            make_heuristic(name)
         learned = [load_agent(path) for path in self.trained_agent]
         settings = self._settings(scenario)
+        training = self._training(scenario) if self.tune else None
         out = console()
         out.print(_heading(scenario), highlight=False)
-        tables = self._play(heuristics, learned, scenario, settings)
+        tables, tuned = self._play(names, learned, scenario, settings, training)
         for table in tables:
             out.print()
             out.print(render(table))
-        self._write(tables, scenario)
+        out.print(_footnote(tuned, training), highlight=False, markup=False)
+        self._write(tables, scenario, tuned, training)
         return 0
 
     def _scenario(self) -> Scenario:
@@ -79,6 +90,16 @@ class Command(Setup):
             else scenario
         )
 
+    def _training(self, scenario: Scenario) -> Scenario:
+        """What heuristics are tuned on: never the windows of a trace that the comparison plays."""
+        workload = scenario.workload
+        if Path(workload).is_file():
+            workload = load_scenario(self.scenario).workload
+        if Path(workload).is_file():
+            hint = f"scenario {self.scenario} has no generator to tune on; name one that has"
+            raise InputError("evaluate", "tune", workload, hint)
+        return replace(scenario, workload=workload)
+
     def _settings(self, scenario: Scenario) -> list[Setting]:
         for name in ("loads", "rates"):
             for value in getattr(self, name):
@@ -92,24 +113,55 @@ class Command(Setup):
 
     def _play(
         self,
-        heuristics: Sequence[Policy],
+        names: Sequence[str],
         learned: Sequence[Policy],
         scenario: Scenario,
         settings: list[Setting],
-    ) -> list[Table]:
+        training: Scenario | None,
+    ) -> tuple[list[Table], Tuned]:
+        """The tables, and the parameters that were tuned for each fleet."""
+        tables: list[Table] = []
+        tuned: Tuned = {}
         with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
-            return compare(
-                heuristics,
-                learned,
-                scenario,
-                settings,
-                seeds=self.seeds,
-                seed=self.seed,
-                num_threads=self.num_threads,
-                progress=lambda text: live.update(Text(text)),
-            )
 
-    def _write(self, tables: list[Table], scenario: Scenario) -> None:
+            def progress(text: str) -> None:
+                live.update(Text(text))
+
+            for cluster in dict.fromkeys(setting.cluster for setting in settings):
+                own = [setting for setting in settings if setting.cluster == cluster]
+                if training is not None:
+                    highest = max(own, key=lambda setting: setting.load)
+                    tuned[cluster] = self._tune(names, training, highest, progress)
+                chosen = tuned.get(cluster, {})
+                tables += compare(
+                    [make_heuristic(name, **chosen.get(name, {})) for name in names],
+                    learned,
+                    scenario,
+                    own,
+                    seeds=self.seeds,
+                    seed=self.seed,
+                    num_threads=self.num_threads,
+                    progress=progress,
+                )
+        return tables, tuned
+
+    def _tune(
+        self, names: Sequence[str], training: Scenario, setting: Setting, progress: Callable[[str], None]
+    ) -> dict[str, Parameters]:
+        seed = (self.seed + 2**30) % 2**31  # of no episode that the comparison plays
+        episodes = episodes_of(training, setting, self.seeds, seed)
+
+        def goodput(rule: Policy) -> float:
+            progress(f"{setting.cluster} at load {setting.load:.2f}: tuning {rule.name}")
+            row = measure(rule, training, episodes, num_threads=self.num_threads, seed=seed)
+            return row.interval("goodput").mean
+
+        tunable = [name for name in names if HEURISTICS[name].search_space]
+        return {name: tune(HEURISTICS[name], goodput, seed) for name in tunable}
+
+    def _write(
+        self, tables: list[Table], scenario: Scenario, tuned: Tuned, training: Scenario | None
+    ) -> None:
         folder = Path(self.log_folder)
         write_json(
             folder / "results.json",
@@ -121,6 +173,7 @@ class Command(Setup):
                 "traces": trace_hashes(scenario.workload),
                 "seeds": self.seeds,
                 "seed": self.seed,
+                "tuning": training and {"workload": training.workload, "parameters": tuned},
                 "tables": as_json(tables),
             },
         )
@@ -130,6 +183,16 @@ class Command(Setup):
             console().print("no plots: pip install 'servegym[plots]'")
             plots = []
         console().print("written:", *(str(p) for p in [folder / "results.json", *plots]))
+
+
+def _footnote(tuned: Tuned, training: Scenario | None) -> str:
+    if training is None:
+        return "heuristics: published parameters, untuned"
+    lines = [f"heuristics: tuned on {training.workload}, other episodes, at each fleet's highest load"]
+    for cluster, chosen in tuned.items():
+        rules = (f"{name} ({', '.join(f'{k}={v}' for k, v in p.items())})" for name, p in chosen.items())
+        lines.append(f"  {cluster}: {'; '.join(rules)}")
+    return "\n".join(lines)
 
 
 def _heading(scenario: Scenario) -> str:

@@ -105,6 +105,66 @@ def test_a_recorded_trace_is_played_and_hashed(tmp_path, capsys):
     assert len(results["traces"][str(trace)]) == 64
 
 
+def test_tuning_plays_other_episodes_and_the_comparison_what_was_tuned(tmp_path, capsys, monkeypatch):
+    lines = [f"2023-11-16 18:00:{k // 2:02}.{k % 2 * 5},{100 + k},{10 + k % 7}" for k in range(100)]
+    trace = tmp_path / "azure.csv"
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    drawn, tried = [], []
+
+    def spy(scenario, setting, seeds, seed):
+        drawn.append((scenario.workload, setting.load, seeds, seed))
+        return episodes_of(scenario, setting, seeds, seed)
+
+    def watched(rule, score, seed):
+        score(rule())
+        tried.append(rule.name)
+        return {"waiting_weight": 16.0}
+
+    monkeypatch.setattr("servegym.commands.evaluate.episodes_of", spy)
+    monkeypatch.setattr("servegym.commands.evaluate.tune", watched)
+    size = ["--cluster", FLEET, "--loads", "0.9", "1.2", "0.3", "--seeds", "2", "--requests", "40"]
+    names = ["--policies", "vllm_dp", "least_request"]
+    command = ["evaluate", "--tune", *size, *names, "--workload", str(trace), "-f", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert [(workload, load, seeds) for workload, load, seeds, _ in drawn] == [("azure2023_conv", 1.2, 2)]
+    assert drawn[0][3] != 0
+    assert tried == ["vllm_dp"]
+    assert "vllm_dp (waiting_weight=16.0)" in " ".join(capsys.readouterr().out.split())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    chosen = {FLEET: {"vllm_dp": {"waiting_weight": 16.0}}}
+    assert results["tuning"] == {"workload": "azure2023_conv", "parameters": chosen}
+
+
+def test_tuned_parameters_are_the_ones_that_are_played(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.commands.evaluate.tune", lambda *_: {"waiting_weight": 0.0})
+    size = ["--cluster", FLEET, "--loads", "1.2", "--seeds", "2", "--requests", "60"]
+    names = ["--policies", "vllm_dp", "--workload", "azure2023_conv"]
+
+    def played(*flags):
+        assert main(["evaluate", *flags, *size, *names, "-f", str(tmp_path)]) == 0
+        results = json.loads((tmp_path / "results.json").read_text())
+        return results["tables"][0]["policies"][0]["metrics"]["e2e_mean_s"]["samples"]
+
+    scenario = replace(SCENARIO, workload="azure2023_conv", name="mixed", scrape_s=0.2)
+    rule = make_heuristic("vllm_dp", waiting_weight=0.0)
+    row = compare([rule], [], scenario, [Setting(FLEET, 1.2)], seeds=2)[0].rows[0]
+    assert played("--tune") == pytest.approx(row.samples["e2e_mean_s"].tolist(), rel=1e-5)
+    assert played() != played("--tune")
+
+
+def test_heuristics_say_that_they_are_untuned(tmp_path, capsys, refused):
+    size = ["--cluster", FLEET, "--loads", "0.9", "--seeds", "1", "--requests", "20", "--policies", "dynamo"]
+    assert main(["evaluate", *size, "--workload", "azure2023_conv", "-f", str(tmp_path)]) == 0
+    assert "published parameters, untuned" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["tuning"] is None
+    trace = tmp_path / "azure.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00.0,100,10\n")
+    (tmp_path / "mine.toml").write_text(f"workload = '{trace}'")
+    assert "no generator to tune on" in refused(
+        "evaluate", "--tune", *size, "--scenario", str(tmp_path / "mine.toml"), "-f", str(tmp_path)
+    )
+
+
 BAD = {
     "heuristic": (["--policies", "telepathy"], "telepathy"),
     "agent": (["-i", "no/such/folder"], "no/such/folder"),
