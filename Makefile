@@ -17,7 +17,7 @@ train: $(INSTALLED)
 	rm -rf $(RUN)
 	$(PY) train.py --scenario mixed -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard
 	$(PY) export.py -i $(RUN)/Dispatch-v0/ppo-mixed-s0 -o $(RUN)/bundle
-	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.9 --requests 1000 -f $(RUN)/evaluation
+	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.9 -f $(RUN)/evaluation
 
 test: $(INSTALLED)
 	$(PY) -m pytest -q -m "not slow"

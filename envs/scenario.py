@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
+from servegym.envs.cluster.spec import InstanceSpec
 from servegym.errors import InputError
 
 REWARDS = ("latency", "goodput")
+ZERO_OUTPUT = ("refuse", "drop")
+LARGEST = 1e6  # of all real numbers: seconds, loads, errors and weights beyond it are units gone wrong
+MOST_REQUESTS = 10_000_000
 _DIRECTORY = Path(__file__).parent / "scenarios"
-# What TOML gives for a field of this type; tables for all others.
-_KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "tuple": tuple}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Scenario:
         loads: lowest and highest offered load as a fraction of the fleet's saturation throughput on the
             workload; an episode draws uniformly between them.
         requests: requests of an episode.
+        zero_output: what to do with a trace's requests without output, `refuse` or `drop`.
+        classes: class name -> fraction of the sessions, drawn for each episode; empty keeps the workload's.
+        priorities: priority -> fraction of the sessions, drawn likewise; lower is more urgent, and engines
+            heed it with `queue = "priority"` in `engine`. The priorities are text, as TOML's keys are.
         slo: service level of every class without an entry in `class_slo`.
         class_slo: service levels by class name.
         reward: `latency` or `goodput`; formulas in `servegym.envs.cluster.reward`.
@@ -61,6 +69,9 @@ class Scenario:
     clusters: tuple[str, ...] = ("4xa100-llama-3.1-8b",)
     loads: tuple[float, float] = (0.5, 1.0)
     requests: int = 512
+    zero_output: str = "refuse"
+    classes: dict[str, float] = field(default_factory=dict)
+    priorities: dict[str, float] = field(default_factory=dict)
     slo: Slo = field(default_factory=Slo)
     class_slo: dict[str, Slo] = field(default_factory=dict)
     reward: str = "latency"
@@ -77,16 +88,29 @@ class Scenario:
                 raise InputError(f"scenario {self.name}", name, getattr(self, name), hint)
 
         require(len(self.clusters) > 0, "clusters", "name at least one fleet")
-        rising = len(self.loads) == 2 and 0 < self.loads[0] <= self.loads[1]
-        require(rising, "loads", "give [lowest, highest], both > 0")
-        require(self.requests > 0, "requests", "an episode has at least one request")
-        require(self.reward in REWARDS, "reward", f"choose one of {', '.join(REWARDS)}")
+        rising = len(self.loads) == 2 and 0 < self.loads[0] <= self.loads[1] <= LARGEST
+        require(rising, "loads", f"give [lowest, highest], both > 0 and at most {LARGEST:g}")
+        require(0 < self.requests <= MOST_REQUESTS, "requests", f"must lie in 1..{MOST_REQUESTS}")
+        for name, options in (("reward", REWARDS), ("zero_output", ZERO_OUTPUT)):
+            require(getattr(self, name) in options, name, f"choose one of {', '.join(options)}")
         for name in ("beta", "scrape_s", "noise", "prediction_error"):
-            require(getattr(self, name) >= 0, name, "must be >= 0")
+            require(0 <= getattr(self, name) <= LARGEST, name, f"must lie in 0..{LARGEST:g}")
+        for name in ("classes", "priorities"):
+            shares = getattr(self, name).values()
+            whole = not shares or (min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6)
+            require(whole, name, "fractions are at least 0 and sum to 1")
+        for level in self.priorities:
+            require(_is_priority(level), "priorities", "priorities are whole numbers in -32768..32767")
         for name, slo in {"slo": self.slo, **self.class_slo}.items():
-            if min(slo.ttft_s, slo.tpot_s) <= 0 or slo.weight < 0:
-                hint = "ttft_s and tpot_s are > 0, weight is >= 0"
+            positive = 0 < slo.ttft_s <= LARGEST and 0 < slo.tpot_s <= LARGEST
+            if not (positive and 0 <= slo.weight <= LARGEST):
+                hint = f"ttft_s and tpot_s are > 0, weight is >= 0, all at most {LARGEST:g}"
                 raise InputError(f"scenario {self.name}", name, slo, hint)
+        if "profile" in self.engine:
+            raise InputError(
+                f"scenario {self.name}", "engine.profile", self.engine["profile"], "name it in clusters"
+            )
+        _typed(f"scenario {self.name}", InstanceSpec, self.engine, "engine.")
 
 
 def scenario_names() -> list[str]:
@@ -119,33 +143,44 @@ def read_scenario(path: Path, raw: dict[str, Any]) -> Scenario:
     Raises:
         InputError: for unknown and ill-typed fields.
     """
-    values = _typed(path, Scenario, raw)
-    if "slo" in values:
-        values["slo"] = _slo(path, "slo", values["slo"])
-    values["class_slo"] = {k: _slo(path, f"class_slo.{k}", v) for k, v in values.get("class_slo", {}).items()}
-    return Scenario(**values)
+    return Scenario(**_typed(path, Scenario, raw))
 
 
-def _slo(path: Path, where: str, raw: Any) -> Slo:
-    if not isinstance(raw, dict):
-        raise InputError(path, where, raw, "write it as a table with ttft_s, tpot_s, weight")
-    return Slo(**_typed(path, Slo, raw))
+def _is_priority(text: str) -> bool:
+    try:
+        return -(2**15) <= int(text) < 2**15
+    except ValueError:
+        return False
 
 
-def _typed(path: Path, cls: type, raw: dict[str, Any]) -> dict[str, Any]:
+def _typed(where: object, cls: type, raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Check names and types of a table against a dataclass; lists become tuples, integers floats."""
-    known = {f.name: f for f in fields(cls)}
+    kinds = get_type_hints(cls)
     values = {}
     for name, value in raw.items():
-        if name not in known:
-            raise InputError(path, name, value, f"unknown field; known are {', '.join(known)}")
-        kind = str(known[name].type)
-        if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(value, list):
-            value = tuple(value)
-        wanted = _KINDS.get(kind.partition("[")[0], dict)
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise InputError(path, name, value, f"expected {kind}")
-        values[name] = value
+        if name not in kinds:
+            raise InputError(where, prefix + name, value, f"unknown field; known are {', '.join(kinds)}")
+        values[name] = _value(where, prefix + name, kinds[name], value)
     return values
+
+
+def _value(where: object, name: str, kind: Any, value: Any) -> Any:
+    """A value as the type `kind`: scalars, `X | None`, `tuple[X, ...]`, `dict[str, X]` and Slo."""
+    if isinstance(kind, UnionType):
+        return None if value is None else _value(where, name, get_args(kind)[0], value)
+    if kind is Any:
+        return value
+    if kind is Slo and isinstance(value, dict):
+        return Slo(**_typed(where, Slo, value, f"{name}."))
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {k: _value(where, f"{name}.{k}", get_args(kind)[1], v) for k, v in value.items()}
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_value(where, name, get_args(kind)[0], v) for v in value)
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        hint = "expected a finite number" if kind is float else f"expected {getattr(kind, '__name__', kind)}"
+        raise InputError(where, name, value, hint)
+    if kind is int and abs(value) >= 2**31:
+        raise InputError(where, name, value, "must lie within 32 bits")
+    return value

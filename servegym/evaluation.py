@@ -61,11 +61,13 @@ class Table:
     Attributes:
         setting: fleet and load.
         rate_rps: mean arrival rate over the seeds, requests/s.
+        requests: requests of a seed's episode.
         rows: one a policy.
     """
 
     setting: Setting
     rate_rps: float
+    requests: int
     rows: tuple[Row, ...]
 
     @property
@@ -75,9 +77,9 @@ class Table:
 
 
 def episodes_of(scenario: Scenario, setting: Setting, seeds: int, seed: int) -> list[Episode]:
-    """The episodes that every policy plays in a setting: common random numbers."""
+    """The episodes that every policy plays in a setting: common random numbers, disjoint parts of a trace."""
     fixed = replace(scenario, clusters=(setting.cluster,), loads=(setting.load, setting.load))
-    return make_episodes(fixed, seeds, seed)
+    return make_episodes(fixed, seeds, seed, disjoint=True)
 
 
 def load_of(scenario: Scenario, cluster: str, rate_rps: float) -> float:
@@ -127,7 +129,8 @@ def compare(
         learned: checkpoints and bundles.
         scenario: what surrounds the settings: workload, SLO, staleness, episode length.
         settings: fleets and loads.
-        seeds: episodes a setting; each draws its own window, prediction errors and noise.
+        seeds: episodes a setting; each has its own requests (of a trace a window that shares none with the
+            others), prediction errors and noise.
         seed: of the first episode.
         num_threads: lanes that run at the same time.
         progress: told what runs next.
@@ -143,7 +146,8 @@ def compare(
                 measure(policy, scenario, episodes, learned=is_learned, num_threads=num_threads, seed=seed)
             )
         rate = float(np.mean([e.workload.rate_rps for e in episodes]))
-        tables.append(Table(setting, rate, tuple(sorted(rows, key=_rank))))
+        requests = len(episodes[0].workload)
+        tables.append(Table(setting, rate, requests, tuple(sorted(rows, key=_rank))))
     return tables
 
 
@@ -158,6 +162,7 @@ def as_json(tables: Sequence[Table], samples: bool = True) -> list[dict]:
             "cluster": table.setting.cluster,
             "load": table.setting.load,
             "rate_rps": table.rate_rps,
+            "requests": table.requests,
             "best_heuristic": table.best_heuristic.policy,
             "policies": [_row_json(row, table.best_heuristic, samples) for row in table.rows],
         }

@@ -13,6 +13,16 @@ from servegym.errors import InputError
 ENVIRONMENTS = ("ServeGym/Dispatch-v0",)
 
 
+def check_seed(command: str, seed: int) -> None:
+    """Refuse seeds that not every generator of random numbers takes.
+
+    Raises:
+        InputError: outside of 0..2^31 - 1.
+    """
+    if not 0 <= seed < 2**31:
+        raise InputError(command, "seed", seed, f"must lie in 0..{2**31 - 1}")
+
+
 @dataclass(kw_only=True)
 class Setup:
     """Flags that pick a scenario; those left out keep what the scenario says."""
@@ -26,7 +36,9 @@ class Setup:
     cluster: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Fleet, such as 4xa100-llama-3.1-8b+2xh100-llama-3.1-8b; repeat for several."""
     requests: int | None = None
-    """Requests of an episode."""
+    """Requests of an episode; evaluation on a trace takes fewer where its disjoint windows are shorter."""
+    zero_output: str | None = None
+    """A trace's requests without output, failures in most: refuse them or drop them."""
     reward: str | None = None
     """latency or goodput."""
     beta: float | None = None
@@ -54,6 +66,7 @@ class Setup:
         names = (
             "workload",
             "requests",
+            "zero_output",
             "reward",
             "beta",
             "scrape_s",

@@ -14,20 +14,20 @@ from rich.table import Table as RichTable
 from servegym.envs.metrics import Interval
 from servegym.evaluation import Row, Table
 
-WIDTH = 160
 _LATENCIES = (("TTFT", "ttft", 1.0, "s"), ("TPOT", "tpot", 1e3, "ms"), ("E2E", "e2e", 1.0, "s"))
 
 
 def render(table: Table) -> RichTable:
-    """A rich table of at most `WIDTH` characters; `±` is the half-width of a 95% interval over the seeds."""
+    """A rich table of at most 160 characters; `±` is the half-width of a 95% interval over the seeds."""
     best = table.best_heuristic
     seeds = len(best.samples["goodput"])
     setting = table.setting
     out = RichTable(
         title=f"{setting.cluster} at {table.rate_rps:.2f} requests/s "
-        f"({setting.load:.0%} of saturation), {seeds} seeds",
+        f"({setting.load:.0%} of saturation), {seeds} seeds of {table.requests:,} requests",
         caption=f"Δ: paired difference in goodput to {best.policy}, percentage points; * trained; "
-        "† reads the future; preempt: preemptions per 1000 requests; open: unfinished requests",
+        "† reads the future; preempt: preemptions per 1000 requests; open: unfinished requests; "
+        "±: 95% intervals, of the other columns (P50, preemptions, cache hits, open) in results.json",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -51,13 +51,17 @@ def _cells(row: Row, best: Row) -> list[str]:
     cells = [row.policy + "*" * row.learned + "†" * row.oracle, _percent(row.interval("goodput"))]
     cells.append("" if row is best else _percent(row.against(best, "goodput"), sign="+"))
     for _, name, factor, _ in _LATENCIES:
-        mean = row.interval(f"{name}_mean_s")
-        cells.append(f"{_short(mean.mean * factor)}±{_short(mean.half_width * factor, 2)}")
-        cells += [_short(row.interval(f"{name}_{q}_s").mean * factor) for q in ("p50", "p99")]
+        cells.append(_with_half_width(row.interval(f"{name}_mean_s"), factor))
+        cells.append(_short(row.interval(f"{name}_p50_s").mean * factor))
+        cells.append(_with_half_width(row.interval(f"{name}_p99_s"), factor))
     cells.append(_short(row.interval("preemptions").mean * 1e3))
     cells.append(f"{row.interval('cache_hits').mean * 100:.1f}")
     cells.append(f"{row.interval('unfinished').mean:.0f}")
     return cells
+
+
+def _with_half_width(value: Interval, factor: float) -> str:
+    return f"{_short(value.mean * factor)}±{_short(value.half_width * factor, 2)}"
 
 
 def _percent(value: Interval, sign: str = "") -> str:
@@ -65,9 +69,11 @@ def _percent(value: Interval, sign: str = "") -> str:
 
 
 def _short(value: float, digits: int = 3) -> str:
-    """A few significant digits without an exponent."""
+    """A few significant digits, at most three decimals, without an exponent."""
     if math.isnan(value):
         return "-"
+    if 0 < abs(value) < 0.1:
+        return f"{value:.3f}".removesuffix("0").removesuffix("0")
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 

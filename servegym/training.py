@@ -36,7 +36,8 @@ class EvaluationCallback(BaseCallback):
     def __init__(self, scenario: Scenario, every: int, episodes: int, num_threads: int) -> None:
         super().__init__()
         self._scenario, self._every, self._num_threads = scenario, every, num_threads
-        self._episodes = make_episodes(scenario, episodes, EVAL_SEED) if every else []
+        # Always: here it turns out whether the workload is enough for the comparison at the end, too.
+        self._episodes = make_episodes(scenario, episodes, EVAL_SEED, disjoint=True)
         self._evaluated_at = 0
 
     def _on_training_start(self) -> None:
@@ -98,7 +99,8 @@ def _section(table: Table) -> list[str]:
         "",
         f"## {table.setting.cluster} at {table.rate_rps:.1f} requests/s",
         "",
-        f"{table.setting.load:.0%} of saturation, {seeds} seeds, the same requests for all, 95% intervals. "
+        f"{table.setting.load:.0%} of saturation, {seeds} seeds of {table.requests:,} requests, "
+        "the same for all, 95% intervals. "
         f"Δ: paired difference to `{best.policy}` in percentage points. † reads the future.",
         "",
         "| policy | goodput % | Δ | TTFT mean s | TTFT P99 s | TPOT P99 ms | E2E mean s | E2E P99 s |",

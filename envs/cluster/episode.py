@@ -12,12 +12,14 @@ from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.generators import GENERATORS, generate
 from servegym.envs.workloads.predict import predicted_output_tokens
 from servegym.envs.workloads.traces import load
-from servegym.envs.workloads.transforms import head, scale_rate, window
+from servegym.envs.workloads.transforms import assign, head, scale_rate, slice_rows
 from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
 
 SAMPLE_SEED = 0
 SAMPLE_REQUESTS = 2048
+SAMPLE_RATE_RPS = 10.0
+LEAST_WINDOW = 50  # requests; the tail of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,23 @@ class Episode:
     predicted_output: np.ndarray
 
 
-def make_episodes(scenario: Scenario, count: int, seed: int) -> list[Episode]:
+def make_episodes(scenario: Scenario, count: int, seed: int, *, disjoint: bool = False) -> list[Episode]:
     """Draw episodes: a fleet, a load, and a workload at that fraction of the fleet's saturation.
 
     Generators draw a fresh workload, an open-loop one at exactly that rate; of a trace the episode takes
-    `scenario.requests` requests in a row and scales their rate, which keeps bursts. Episode k depends on
-    (seed, k) alone.
+    `scenario.requests` requests in a row and scales their rate, which keeps bursts. Sessions of a trace
+    without a clock are played closed-loop at that rate instead. Episode k depends on (seed, k) alone.
+
+    Args:
+        scenario: what to draw from.
+        count: how many.
+        seed: of all draws.
+        disjoint: of a trace, give episode k the k-th of `count` windows without a common request instead of a
+            random one, each as long as `scenario.requests` and the trace allow: independent samples.
 
     Raises:
-        InputError: for a workload, profile or setting that is not there or cannot be used.
+        InputError: for a workload, profile or setting that is not there or cannot be used, and for a trace of
+            fewer than 50 requests a disjoint window.
     """
     # The cluster model plays episodes, so it can only be imported after them.
     from servegym.envs.cluster.capacity import saturation_rps
@@ -55,13 +65,15 @@ def make_episodes(scenario: Scenario, count: int, seed: int) -> list[Episode]:
         for text in scenario.clusters
     ]
     source = _Source(scenario)
+    _check_classes(scenario, source.sample)
+    windows = count if disjoint else 0
     rates = [saturation_rps(cluster, source.sample) for cluster in clusters]
     episodes = []
     for k in range(count):
         rng = np.random.default_rng([seed, k])
         choice = int(rng.integers(len(clusters)))
         rate = rng.uniform(*scenario.loads) * rates[choice]
-        workload = source.draw(rate, rng)
+        workload = source.draw(rate, rng, k, windows)
         predicted = predicted_output_tokens(workload, scenario.prediction_error, int(rng.integers(2**31)))
         episodes.append(Episode(workload, clusters[choice], predicted))
     return episodes
@@ -74,6 +86,14 @@ def sample_workload(scenario: Scenario) -> Workload:
         InputError: for a workload that is not there.
     """
     return _Source(scenario).sample
+
+
+def _check_classes(scenario: Scenario, sample: Workload) -> None:
+    names = tuple(scenario.classes) or sample.class_names
+    for name in scenario.class_slo:
+        if name not in names:
+            hint = f"the workload's classes are {', '.join(names)}"
+            raise InputError(f"scenario {scenario.name}", "class_slo", name, hint)
 
 
 class _Source:
@@ -89,19 +109,45 @@ class _Source:
             known = ", ".join(GENERATORS)
             hint = f"give the path of a trace, or one of {known}"
             raise InputError(f"scenario {scenario.name}", "workload", scenario.workload, hint)
-        self._trace = load(scenario.workload)
+        self._trace = self._load(SAMPLE_RATE_RPS)
+        self._rate_rps = SAMPLE_RATE_RPS
         self.sample = head(self._trace, SAMPLE_REQUESTS)
 
-    def draw(self, rate_rps: float, rng: np.random.Generator) -> Workload:
-        """The workload of one episode."""
-        requests = self._scenario.requests
+    def draw(self, rate_rps: float, rng: np.random.Generator, k: int, windows: int) -> Workload:
+        """The workload of episode k; the k-th of that many disjoint windows of a trace, unless 0."""
+        scenario = self._scenario
         if self._trace is None:
-            seed = int(rng.integers(2**31))
-            drawn = generate(self._scenario.workload, requests, rate_rps=rate_rps, seed=seed)
-            # The slow swings of a generator's rate are longer than an episode: without this its load would
-            # be anything from half to twice what was drawn. Think times of sessions are left as they are.
-            return drawn if (drawn.after >= 0).any() else scale_rate(drawn, rate_rps)
-        arrived = self._trace.arrived_at_s
-        first = int(rng.integers(max(len(arrived) - requests, 0) + 1))
-        rest = window(self._trace, float(arrived[first]), float(arrived[-1] - arrived[first]) + 1.0)
-        return scale_rate(head(rest, requests), rate_rps)
+            drawn = generate(
+                scenario.workload, scenario.requests, rate_rps=rate_rps, seed=int(rng.integers(2**31))
+            )
+        else:
+            drawn = self._cut(self._at(self._trace, rate_rps), rng, k, windows)
+        if not (drawn.after >= 0).any():
+            # The slow swings of a rate are longer than an episode: without this its load would be anything
+            # from half to twice what was drawn. Think times of sessions are left as they are.
+            drawn = scale_rate(drawn, rate_rps)
+        if not (scenario.classes or scenario.priorities):
+            return drawn
+        levels = {int(level): share for level, share in scenario.priorities.items()}
+        seed = int(rng.integers(2**31))
+        return assign(drawn, classes=scenario.classes or None, priorities=levels or None, seed=seed)
+
+    def _load(self, rate_rps: float) -> Workload:
+        scenario = self._scenario
+        return load(scenario.workload, rate_rps=rate_rps, seed=SAMPLE_SEED, zero_output=scenario.zero_output)
+
+    def _at(self, trace: Workload, rate_rps: float) -> Workload:
+        """The trace at a rate: a higher one means more sessions at a time, not faster people."""
+        if (trace.after >= 0).any() and rate_rps != self._rate_rps:
+            self._trace, self._rate_rps = self._load(rate_rps), rate_rps
+            return self._trace
+        return trace
+
+    def _cut(self, trace: Workload, rng: np.random.Generator, k: int, windows: int) -> Workload:
+        requests = min(self._scenario.requests, len(trace) // max(windows, 1))
+        if windows:
+            if len(trace) < windows * LEAST_WINDOW:
+                hint = f"{windows} disjoint windows need {LEAST_WINDOW} requests each; use fewer seeds"
+                raise InputError(trace.name, "requests", len(trace), hint)
+            return slice_rows(trace, k * requests, requests)
+        return slice_rows(trace, int(rng.integers(len(trace) - requests + 1)), requests)

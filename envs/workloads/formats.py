@@ -39,6 +39,7 @@ class Recorded:
         grid_s: arrivals were rounded down to a multiple of this; 0 for none.
         prompt_tokens, output_tokens: any number type; NaN where the file has nothing.
         session, turn, tenant: -1 unknown.
+        priority: lower is more urgent; 0 where the file has nothing.
         gap_s: NaN unknown.
         class_id, class_names: class of each row.
         prefix_offsets, prefix_ids, prefix_block_tokens: ids of the prompt's blocks, the last may be partial.
@@ -51,6 +52,7 @@ class Recorded:
     session: np.ndarray
     turn: np.ndarray
     tenant: np.ndarray
+    priority: np.ndarray
     gap_s: np.ndarray
     class_id: np.ndarray
     prefix_offsets: np.ndarray
@@ -92,6 +94,8 @@ def _read_parquet(path: Path) -> Recorded:
         if column in table.column_names:
             values = _numbers(path, table, column)
             known[name] = np.where(np.isnan(values), NO_ID, values)
+    if "priority" in table.column_names:
+        known["priority"] = np.nan_to_num(_numbers(path, table, "priority"), posinf=np.inf, neginf=-np.inf)
     if "gap_s" in table.column_names:
         known["gap_s"] = _numbers(path, table, "gap_s")
     if "class" in table.column_names:
@@ -192,7 +196,8 @@ def _recorded(arrived: np.ndarray, prompt: np.ndarray, output: np.ndarray, **kno
     """A trace of which only `known` is known."""
     n = len(arrived)
     unknown: dict[str, Any] = {column: np.full(n, NO_ID) for column in ("session", "turn", "tenant")}
-    unknown |= {"gap_s": np.full(n, np.nan), "class_id": np.zeros(n, np.int64)}
+    unknown |= {"priority": np.zeros(n, np.int64), "gap_s": np.full(n, np.nan)}
+    unknown |= {"class_id": np.zeros(n, np.int64)}
     unknown |= {"prefix_offsets": np.zeros(n + 1, np.int64), "prefix_ids": np.zeros(0, np.int32)}
     if "session" in known and "turn" not in known:
         known["turn"] = _turns_in_order(known["session"])

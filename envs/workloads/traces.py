@@ -48,7 +48,8 @@ def load(
 
     Formats: `.csv` of Azure (2023, 2024) and BurstGPT and `.jsonl` of Mooncake as published; `.parquet` with
     the columns arrived_at_s, prompt_tokens, output_tokens and, where known, session_id, turn, class, tenant,
-    gap_s, prefix_hash_ids (with `block_tokens` in the file's metadata), new_user_tokens (prompts accumulate).
+    priority, gap_s, prefix_hash_ids (with `block_tokens` in the file's metadata), new_user_tokens (prompts
+    accumulate).
     With `time` = none or session-relative in the metadata the sessions have no common clock: they start as a
     Poisson process within rows / rate seconds and are played closed-loop. What runs over the end comes in at
     the start as another session, already in progress, so that the rate is stationary. Gaps that the file does
@@ -107,6 +108,7 @@ def _checked(name: str, r: Recorded, zero_output: str) -> Recorded:
         session=check_whole_numbers(name, "session", r.session, np.int32),
         turn=check_whole_numbers(name, "turn", r.turn, np.int32),
         tenant=check_whole_numbers(name, "tenant", r.tenant, np.int32),
+        priority=check_whole_numbers(name, "priority", r.priority, np.int16),
     )
     return _take(checked, np.flatnonzero(~lost))
 
@@ -182,6 +184,7 @@ def _workload(name: str, r: Recorded, next_row: np.ndarray, after: np.ndarray) -
         r.prompt_tokens,
         r.output_tokens,
         class_id=r.class_id,
+        priority=r.priority,
         tenant=r.tenant,
         session=r.session,
         turn=r.turn,

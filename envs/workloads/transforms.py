@@ -34,6 +34,14 @@ def head(w: Workload, n: int) -> Workload:
     return _rows(w, slice(0, check_whole(w.name, "n", n, 1)), 0.0)
 
 
+def slice_rows(w: Workload, first: int, n: int) -> Workload:
+    """`n` requests from row `first` on, counted from the arrival of the first; see `window`."""
+    check_whole(w.name, "n", n, 1)
+    if not 0 <= first <= len(w) - n:
+        raise InputError(w.name, "first", first, f"{n} rows from there are not within 0..{len(w)}")
+    return _rows(w, slice(first, first + n), float(w.arrived_at_s[first]))
+
+
 def scale_rate(w: Workload, rate_rps: float) -> Workload:
     """The same requests at a mean rate of `rate_rps`: all times, gaps too, are compressed by one factor.
 

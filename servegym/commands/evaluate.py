@@ -17,14 +17,16 @@ from servegym.agents.heuristics.tuning import Parameters, tune
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.scenario import Scenario, load_scenario
+from servegym.envs.workloads import DEFAULT_WORKLOAD
 from servegym.errors import InputError
 from servegym.evaluation import Setting, Table, as_json, compare, episodes_of, load_of, measure
 from servegym.files import check_folder, command_line, console, git_revision, trace_hashes, write_json
-from servegym.flags import Setup
+from servegym.flags import Setup, check_seed
 from servegym.loading import load_agent
 from servegym.report import plot, render
 
-TRACES = Path("../shared/traces/eval")  # recorded traces win over the generators that were fitted to them
+# The recorded trace wins over the generator that was fitted to it, for the default workload only.
+RECORDED = Path("../shared/traces/eval") / f"{DEFAULT_WORKLOAD}.parquet"
 
 
 Tuned: TypeAlias = "dict[str, dict[str, Parameters]]"  # fleet -> heuristic -> its parameters
@@ -47,7 +49,8 @@ class Command(Setup):
     rates: tuple[float, ...] = ()
     """Offered loads in requests/s instead."""
     seeds: int = 5
-    """Episodes for each table; each draws its own window, prediction errors and noise."""
+    """Episodes for each table; each has its own requests (of a trace a window that shares none with the
+    others), prediction errors and noise."""
     seed: int = 0
     """The first seed."""
     tune: bool = False
@@ -82,13 +85,10 @@ class Command(Setup):
         for name in ("seeds", "num_threads"):
             if getattr(self, name) < 1:
                 raise InputError("evaluate", name, getattr(self, name), "must be at least 1")
+        check_seed("evaluate", self.seed)
         scenario = self.resolve()
-        recorded = TRACES / f"{scenario.workload}.parquet"
-        return (
-            replace(scenario, workload=str(recorded))
-            if self.workload is None and recorded.is_file()
-            else scenario
-        )
+        default = self.workload is None and scenario.workload == DEFAULT_WORKLOAD
+        return replace(scenario, workload=str(RECORDED)) if default and RECORDED.is_file() else scenario
 
     def _training(self, scenario: Scenario) -> Scenario:
         """What heuristics are tuned on: never the windows of a trace that the comparison plays."""
@@ -196,6 +196,7 @@ def _footnote(tuned: Tuned, training: Scenario | None) -> str:
 
 
 def _heading(scenario: Scenario) -> str:
-    kind = "recorded trace" if Path(scenario.workload).is_file() else "embedded generator"
+    recorded = Path(scenario.workload).is_file()
+    kind = "recorded trace, a disjoint window for each seed" if recorded else "embedded generator"
     slo = f"TTFT <= {scenario.slo.ttft_s:g} s, TPOT <= {scenario.slo.tpot_s * 1e3:g} ms"
-    return f"workload: {scenario.workload} ({kind}); {scenario.requests} requests an episode; SLO: {slo}"
+    return f"workload: {scenario.workload} ({kind}); SLO: {slo}"

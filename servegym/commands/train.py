@@ -18,7 +18,7 @@ from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.evaluation import Table, as_json
 from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say, warn
-from servegym.flags import Setup
+from servegym.flags import Setup, check_seed
 from servegym.models.config import NetworkConfig
 from servegym.report import render
 from servegym.runtime.export import decision_us
@@ -130,9 +130,9 @@ class Command(Setup):
         _check_device(self.device)
         if self.resume and self.algo != "ppo":
             raise InputError("train", "algo", self.algo, "only ppo can be resumed")
-        for name in ("eval_freq", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError("train", name, getattr(self, name), "must be >= 0")
+        check_seed("train", self.seed)
+        if self.eval_freq < 0:
+            raise InputError("train", "eval_freq", self.eval_freq, "must be >= 0")
         return self.resolve(**({} if self.loads is None else {"loads": self.loads}))
 
     def _folder(self, scenario: Scenario) -> Path:

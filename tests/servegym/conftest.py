@@ -11,7 +11,8 @@ def tiny_train(folder: Path, *arguments: str) -> list[str]:
     """README's training command at a size that takes a second."""
     return [
         *("train", "--scenario", "mixed", "--cluster", FLEET, "--requests", "40", "-n", "2000"),
-        *("--n-envs", "8", "--episodes", "8", "--ppo.n-steps", "32", "--ppo.batch-size", "128"),
+        *("--n-envs", "8", "--group-size", "4", "--episodes", "8"),
+        *("--ppo.n-steps", "32", "--ppo.batch-size", "128"),
         *("--network.hidden", "8", "--network.layers", "1", "--save-freq", "256", "--eval-freq", "1000"),
         *("--eval-episodes", "2", "-f", str(folder / "runs"), "--tensorboard-log", str(folder / "tb")),
         *arguments,

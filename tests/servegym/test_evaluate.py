@@ -5,15 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from servegym.agents.heuristics import heuristic_names, make_heuristic
 from servegym.cli import main
+from servegym.commands.evaluate import Command
 from servegym.envs.metrics import METRICS
 from servegym.envs.scenario import Scenario
 from servegym.evaluation import Row, Setting, Table, compare, episodes_of, load_of
-from servegym.report import WIDTH, render
+from servegym.files import WIDTH
+from servegym.report import render
 from servegym.runtime.bundle import load_bundle
 
 FLEET = "1xa100-llama-3.1-8b+1xl40s-llama-3.1-8b"
@@ -67,13 +71,20 @@ def test_absolute_rates_are_offered():
     assert np.mean(rates) == pytest.approx(5.0, rel=0.15)
 
 
-def test_tables_fit_and_show_everything(table):
-    wide = replace(table, rows=tuple(replace(r, policy=f"{r.policy}-with-a-name"[:24]) for r in table.rows))
+@pytest.mark.parametrize("factor", [0.3, 1, 30, 1000])
+def test_tables_fit_and_show_everything(table, factor):
+    def larger(found: Row) -> Row:
+        samples = {k: v * (factor if k.endswith("_s") else 1) for k, v in found.samples.items()}
+        return replace(found, policy=f"{found.policy}-with-a-name"[:20], samples=samples)
+
+    wide = replace(table, rows=tuple(map(larger, table.rows)))
     console = Console(width=WIDTH, record=True, file=io.StringIO())
     console.print(render(wide))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "…" not in text
+    assert " ".join(text.split()).count("in results.json") == 1
+    assert text.count("±") >= 8 * len(table.rows)
     for header in ("goodput", "TTFT", "TPOT", "E2E", "P50", "P99", "hits", "open"):
         assert header in text
 
@@ -103,6 +114,56 @@ def test_a_recorded_trace_is_played_and_hashed(tmp_path, capsys):
     assert "recorded trace" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["traces"][str(trace)]) == 64
+
+
+def test_priorities_and_weights_of_classes_act(tmp_path, capsys):
+    """Half the requests are urgent and weigh ten times as much; a file says which."""
+    n = 400
+    urgent = np.arange(n) % 2 == 0
+    columns = {
+        "arrived_at_s": np.arange(n) / 10,
+        "prompt_tokens": np.full(n, 1500),
+        "output_tokens": np.full(n, 100),
+        "class": np.where(urgent, "urgent", "patient"),
+        "priority": np.where(urgent, -1, 0),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "trace.parquet")
+    goodput = {}
+    for queue in ("fcfs", "priority"):
+        for weight in (1, 10):
+            scenario = tmp_path / f"{queue}-{weight}.toml"
+            scenario.write_text(
+                f"workload = '{tmp_path / 'trace.parquet'}'\nclusters = ['{FLEET}']\n"
+                f"engine = {{ queue = '{queue}', max_seqs = 8 }}\nslo = {{ ttft_s = 3.0 }}\n"
+                f"class_slo = {{ urgent = {{ ttft_s = 3.0, weight = {weight} }} }}\n"
+            )
+            out = tmp_path / f"out-{queue}-{weight}"
+            size = ["--loads", "1.5", "--seeds", "2", "--policies", "least_request"]
+            assert main(["evaluate", "--scenario", str(scenario), *size, "-f", str(out)]) == 0
+            (found,) = json.loads((out / "results.json").read_text())["tables"]
+            assert found["requests"] == 200
+            goodput[queue, weight] = found["policies"][0]["metrics"]["goodput"]["mean"]
+    assert "seeds of 200 requests" in capsys.readouterr().out
+    assert goodput["priority", 1] > goodput["fcfs", 1]
+    assert goodput["priority", 10] > goodput["priority", 1] + 0.1
+
+
+def test_only_the_default_workload_gives_way_to_its_recording(tmp_path, monkeypatch):
+    for name in ("azure2023_conv", "azure2023_code"):
+        (tmp_path / f"{name}.parquet").touch()
+    monkeypatch.setattr("servegym.commands.evaluate.RECORDED", tmp_path / "azure2023_conv.parquet")
+    scenario = tmp_path / "code.toml"
+    scenario.write_text("workload = 'azure2023_code'")
+    played = {
+        "default": Command()._scenario().workload,
+        "flag": Command(workload="azure2023_conv")._scenario().workload,
+        "other": Command(scenario=str(scenario))._scenario().workload,
+    }
+    assert played == {
+        "default": str(tmp_path / "azure2023_conv.parquet"),
+        "flag": "azure2023_conv",
+        "other": "azure2023_code",
+    }
 
 
 def test_tuning_plays_other_episodes_and_the_comparison_what_was_tuned(tmp_path, capsys, monkeypatch):
@@ -171,6 +232,8 @@ BAD = {
     "load": (["--loads", "-1"], "loads = -1.0"),
     "rate": (["--rates", "nan"], "rates = nan"),
     "log folder": (["-f", f"{__file__}/below"], "is a file"),
+    "seed": (["--seed", "-1"], "seed = -1"),
+    "large seed": (["--seed", "2147483648"], "seed = 2147483648"),
     "seeds": (["--seeds", "0"], "seeds = 0"),
     "profile": (["--cluster", "4xtpu"], "tpu"),
     "environment": (["--env", "CartPole-v1"], "CartPole-v1"),
@@ -198,6 +261,7 @@ def test_a_changed_bundle_is_refused(bundle, tmp_path, refused):
 def test_export_refuses_an_unknown_fallback(trained, tmp_path, refused):
     output = tmp_path / "bundle"
     assert "prayer" in refused("export", "-i", str(trained), "-o", str(output), "--fallback", "prayer")
+    assert "seed = -1" in refused("export", "-i", str(trained), "-o", str(output), "--seed", "-1")
     assert not output.exists()
 
 

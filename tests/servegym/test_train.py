@@ -113,12 +113,22 @@ def test_maskable_ppo_trains_the_same_kind_of_checkpoint(train_command, tmp_path
     )
 
 
+def test_a_trace_too_short_for_the_comparison_is_refused_before_training(train_command, tmp_path, refused):
+    lines = [f"2023-11-16 18:00:{k // 2:02}.{k % 2 * 5},{100 + k},{10 + k % 7}" for k in range(99)]
+    trace = tmp_path / "trace.csv"
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    line = refused(*train_command(tmp_path, "--workload", str(trace), "--eval-freq", "0"))
+    assert "2 disjoint windows need 50 requests each" in line
+    assert not (tmp_path / "runs").exists()
+
+
 BAD = {
     "environment": (["--env", "ServeGym/Fly-v0"], "ServeGym/Dispatch-v0"),
     "scenario": (["--scenario", "moon"], "choose one of"),
     "reward": (["--reward", "applause"], "latency, goodput"),
     "loads": (["--loads", "0.9", "0.5"], "loads"),
     "algorithm": (["--algo", "dqn"], "maskable_ppo"),
+    "seed": (["--seed", "2147483648"], "seed = 2147483648"),
     "decisions": (["-n", "0"], "n_timesteps = 0"),
     "profile": (["--cluster", "4xtpu"], "tpu"),
     "fleet": (["--cluster", "0xa100-llama-3.1-8b"], "COUNTxPROFILE"),
@@ -175,5 +185,9 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, refused):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "policy.safetensors").write_bytes(b"no")
     assert "policy.safetensors" in refused("export", "-i", str(folder), "-o", str(output))
+    (folder / "policy.safetensors").write_bytes((trained / "policy.safetensors").read_bytes())
+    for text in ("[]", "{"):
+        (folder / "metrics.json").write_text(text)
+        assert "metrics.json: JSON" in refused("export", "-i", str(folder), "-o", str(output))
     assert "no checkpoint" in refused("export", "-i", str(tmp_path / "nowhere"), "-o", str(output))
     assert not output.exists()

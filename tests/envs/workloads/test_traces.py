@@ -105,6 +105,15 @@ def test_window_limit_and_rate(tmp_path):
     assert np.array_equal(w.arrived_at_s, scale_rate(load(path), 12.0).arrived_at_s)
 
 
+def test_priorities_are_read_where_they_are_known(tmp_path):
+    assert load(parquet(tmp_path)).priority.tolist() == [0, 0, 0]
+    assert load(parquet(tmp_path, priority=[2, None, -1])).priority.tolist() == [2, 0, -1]
+    with pytest.raises(InputError, match="priority, row 1"):
+        load(parquet(tmp_path, priority=[0, 40000, 0]))
+    with pytest.raises(InputError, match="priority, row 2"):
+        load(parquet(tmp_path, priority=[0, 0, float("inf")]))
+
+
 def test_sessions_without_a_clock_are_played_closed_loop(tmp_path):
     path = parquet(
         tmp_path,

@@ -11,6 +11,7 @@ from servegym.envs.workloads import (
     open_loop,
     predicted_output_tokens,
     scale_rate,
+    slice_rows,
     window,
 )
 from servegym.errors import InputError
@@ -37,6 +38,17 @@ def test_head_is_the_beginning():
     w = head(SESSIONS, 7)
     assert len(w) == 7 and np.array_equal(w.prompt_tokens, SESSIONS.prompt_tokens[:7])
     assert len(head(SESSIONS, 10_000)) == len(SESSIONS)
+
+
+@given(first=st.integers(0, 199), n=st.integers(1, 200))
+def test_slices_are_exactly_their_rows(first, n):
+    if first + n > len(SESSIONS):
+        with pytest.raises(InputError, match="rows from there"):
+            slice_rows(SESSIONS, first, n)
+        return
+    w = slice_rows(SESSIONS, first, n)
+    np.testing.assert_array_equal(w.prompt_tokens, SESSIONS.prompt_tokens[first : first + n])
+    assert w.arrived_at_s[0] == 0
 
 
 def test_an_empty_window_is_refused():
