@@ -57,7 +57,8 @@ METRICS = (
         "goodput_rps",
         "requests/s",
         +1,
-        "requests that met both, by the span from first arrival to last finish",
+        "requests that met both, each counted once whatever its class, "
+        "by the span from first arrival to last finish",
     ),
     Metric("throughput_rps", "requests/s", +1, "finished requests by the same span"),
     Metric("throughput_tokens_per_s", "tokens/s", +1, "output tokens of finished requests by the same span"),

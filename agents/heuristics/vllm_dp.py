@@ -5,6 +5,10 @@ The engines' counts come with the scrapes; between two of them the client adds i
 waiting count of the engine that it chose, and a scrape replaces them. Ties go to the first engine in rank
 order (one client starts at rank 0).
 
+With `scrape_s = 0` every decision reads the counts as they are: they hold what was sent, so nothing is added.
+Only among requests of the same instant, whose age and gap are both 0 as they are at the start of an episode,
+does what was sent count twice.
+
     argmin_i 4 * (waiting_i + sent_since_scrape_i) + running_i
 """
 

@@ -181,7 +181,7 @@ class Command(Setup):
     def _settings(self, scenario: Scenario) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
         names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed")
-        settings = {
+        settings: dict[str, Any] = {
             "scenario": asdict(scenario),
             "ppo": asdict(self._config(scenario)),
             "network": asdict(self.network),

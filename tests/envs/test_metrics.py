@@ -58,6 +58,13 @@ def test_hand_computed_episode():
     assert m["cache_hits"] == pytest.approx(0.1)
 
 
+def test_weights_of_classes_change_goodput_and_not_its_rate():
+    heavy = [replace(SLO[0], weight=3.0), SLO[1]]
+    m = summarize(four_requests(), heavy)
+    assert m["goodput"] == pytest.approx(3 / 12)  # weights 3, 3, 3, 3
+    assert m["goodput_rps"] == pytest.approx(0.1)
+
+
 def test_every_metric_is_documented_and_delivered():
     assert list(summarize(four_requests(), SLO)) == [m.name for m in METRICS]
     assert all(m.doc and m.unit for m in METRICS)

@@ -149,6 +149,13 @@ def test_vllm_dp_counts_its_own_requests_until_the_next_scrape(observe):
     assert act([0.21, 0.21, 0.001], 0.01) == 3
 
 
+def test_vllm_dp_adds_nothing_to_counts_that_are_never_stale(observe):
+    rule = make_heuristic("vllm_dp")
+    rule.reset(1, 0)
+    obs = observe(INSTANCES | {"scrape_age": [0, 0, 0]}, overall={"since_last_arrival_s": 0.005})
+    assert [int(rule.act(obs)[0]) for _ in range(4)] == [1, 1, 1, 1]  # 6, 14, 7
+
+
 def test_round_robin_cycles_over_the_legal_instances(observe):
     rule = make_heuristic("round_robin")
     rule.reset(1, 0)
