@@ -27,13 +27,21 @@ class Command:
     """Requests/s; required for traces without a clock."""
     seed: int = 0
     """Seed of a generator's draws."""
+    zero_output: str = "refuse"
+    """A trace's requests without output, failures in most: refuse them or drop them."""
 
     def run(self) -> int:
         """Print one row a workload, or the statistics of one."""
         if self.workload is None:
             console().print(_listing())
             return 0
-        w = resolve(self.workload, requests=self.requests, rate_rps=self.rate, seed=self.seed)
+        w = resolve(
+            self.workload,
+            requests=self.requests,
+            rate_rps=self.rate,
+            seed=self.seed,
+            zero_output=self.zero_output,
+        )
         console().print(_summary(w), highlight=False)
         console().print(_quantiles(w))
         return 0

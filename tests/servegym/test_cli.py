@@ -107,3 +107,18 @@ def test_a_refused_profile_build_writes_nothing(tmp_path, refused):
     refused("profile", "build", str(tmp_path), "--system", "h100_sxm", "--output", str(target))
     refused("profile", "build", str(tmp_path), "--system", "abacus", "--output", str(target))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_requests_of_a_trace_are_refused_or_dropped(tmp_path, refused, capsys):
+    trace = tmp_path / "azure.csv"
+    lines = [f"2023-11-16 18:00:{k:02}.0,{100 + k},{0 if k == 7 else 5}" for k in range(60)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    assert "output_tokens, row 7" in refused("data", str(trace))
+    assert "zero_output = 'keep'" in refused("data", str(trace), "--zero-output", "keep")
+    assert main(["data", str(trace), "--zero-output", "drop"]) == 0
+    assert "59 requests" in capsys.readouterr().out
+    play = ["evaluate", "--workload", str(trace), "--seeds", "1", "--loads", "0.5", "--policies", "random"]
+    play += ["--cluster", "1xa100-llama-3.1-8b", "-f", str(tmp_path / "out")]
+    assert "output_tokens, row 7" in refused(*play)
+    assert "zero_output = 'keep'" in refused(*play, "--zero-output", "keep")
+    assert main([*play, "--zero-output", "drop"]) == 0
