@@ -21,7 +21,7 @@ from servegym.envs.scenario import Scenario
 GOAL = 1_000_000
 INSTANCES = (4, 16, 64)
 THREADS = (1, 2)
-LANES = 1024
+LANES = 512
 STEPS = 512  # an episode of each lane
 REPEATS = 7
 EPISODES = 32

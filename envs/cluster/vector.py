@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from servegym.envs.cluster.crew import Crew
 from servegym.envs.cluster.episode import Episode, make_episodes
 from servegym.envs.cluster.observe import Frame, make_frame
 from servegym.envs.cluster.simulate import records_of
@@ -122,8 +122,7 @@ class DispatchVectorEnv(VectorEnv):
             group_size=group_size,
         )
         bounds = np.linspace(0, num_envs, min(num_threads, num_envs) + 1).astype(int).tolist()
-        self._shares = list(pairwise(bounds))
-        self._pool = ThreadPoolExecutor(len(self._shares) - 1) if len(self._shares) > 1 else None
+        self._crew = Crew(list(pairwise(bounds)))
         self._seeded = self._started = False
 
     def reset(
@@ -146,7 +145,7 @@ class DispatchVectorEnv(VectorEnv):
             self._world.lane["seed"] = seeds
             self._world.lane["plays"] = 0
             self._seeded = True
-        self._run(begin_lanes, self._world, self._frame, self._out, self._rules)
+        self._crew.run(begin_lanes, self._world, self._frame, self._out, self._rules)
         self._started = True
         return self._observation(self._frame), {}
 
@@ -166,7 +165,7 @@ class DispatchVectorEnv(VectorEnv):
         """
         answers = self._checked(actions)
         out = self._out
-        self._run(
+        self._crew.run(
             step_lanes, self._world, self._frame, self._final, self._finished, out, self._rules, answers
         )
         always = np.ones(self.num_envs, bool)
@@ -220,8 +219,7 @@ class DispatchVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._crew.close()
 
     def _state(self) -> dict[str, np.ndarray]:
         parts = {
@@ -231,13 +229,6 @@ class DispatchVectorEnv(VectorEnv):
             "out": self._out._asdict(),
         }
         return {f"{part}.{name}": _plain(a) for part, arrays in parts.items() for name, a in arrays.items()}
-
-    def _run(self, kernel: Any, *args: Any) -> None:
-        """Run a kernel over all lanes, the first share on this thread."""
-        others = [self._pool.submit(kernel, *args, *s) for s in self._shares[1:]] if self._pool else []
-        kernel(*args, *self._shares[0])
-        for other in others:
-            other.result()
 
     def _observation(self, frame: Frame) -> dict[str, np.ndarray]:
         arrays = {name: getattr(frame, name) for name in self._names}

@@ -82,7 +82,7 @@ def build_world(
     bank = _episodes(episodes, clusters, starts)
     for episode, entry in zip(episodes, bank, strict=True):
         _check_fit(episode, settings[entry["fleet"]][: len(episode.cluster)])
-    running = min(int(settings["max_seqs"].max()), longest)
+    running = _odd_lines(min(int(settings["max_seqs"].max()), longest))
     units, slots = _cache_sizes(bank, settings, workloads)
     instances = int(sizes.max())
     shape = (lanes, instances)
@@ -156,6 +156,11 @@ def _glance(tables: CostTables) -> np.ndarray:
     """Decode steps of equally long requests, as observations want them: one line of memory for each look."""
     fixed = tables.linear[:, : tables.head.shape[1]] + tables.head
     return np.stack([tables.decode_base + fixed[..., None], tables.decode_slope], -1).astype(np.float32) / PS
+
+
+def _odd_lines(entries: int) -> int:
+    """Room for so many int64 in an odd number of cache lines: rows a power of two apart evict each other."""
+    return 8 * (-(-entries // 8) | 1)
 
 
 def _measure_speeds(settings: np.ndarray, tables: CostTables) -> None:
