@@ -3,6 +3,11 @@
 Ids are chained (an id names its whole prefix), so a request's blocks are found by walking its ids until the
 first miss. A block that no request holds stays until its memory is needed; the one idle for longest goes
 first. Requests release their blocks last to first, so a block always outlives the blocks that extend it.
+
+Where this is not vLLM v1: empty blocks are taken before any cached block is evicted (vLLM keeps both in one
+queue), equal blocks computed side by side are kept once (vLLM keeps both copies), the blocks that a request
+generates are shared when it ends, not as they fill, and requests of a workload without prefix ids share
+nothing, not even with themselves after a preemption.
 """
 
 from __future__ import annotations
