@@ -237,7 +237,8 @@ class PPO(OnPolicyAlgorithm):
     def train(self) -> None:
         """Improve the network on the last roll-out."""
         started = time.perf_counter()
-        # By the decisions before this roll-out: stable-baselines3 counts it too, at the last with a step of 0.
+        # By the decisions before this roll-out: stable-baselines3 counts it, too, so that an annealed rate
+        # would be 0 at the last update.
         before = self.num_timesteps - self.n_steps * self.n_envs
         self._current_progress_remaining = 1.0 - before / self._total_timesteps
         self._update_learning_rate(self.optimizer)
