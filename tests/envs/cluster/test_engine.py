@@ -278,3 +278,21 @@ def test_a_lane_of_16_instances_and_4096_requests_is_small():
     cluster = parse_cluster("16xa100-llama-3.1-8b")
     world = build_world([Episode(workload, cluster, workload.output_tokens)], 1)
     assert lane_bytes(world) < 4_000_000
+
+
+def test_at_equal_times_arrivals_come_before_iterations():
+    """Twin instances end an iteration at once; the turn that follows on the first one joins the second's next."""
+    workload = make_workload(
+        "twins", [0.0] * 5, [16] * 5, [5, 50, 5, 50, 3], after=np.array([-1, -1, -1, -1, 0])
+    )
+    cluster = parse_cluster("2xa100-llama-3.1-8b")
+    world = build_world([Episode(workload, cluster, workload.output_tokens)], 1)
+    choices = np.array([0, 0, 1, 1, 1])
+    restart(world, 0, 0)
+    play(world, 0, choices)
+    reference = ReferenceCluster(world, 0, lambda _, r: int(choices[r.number])).run()
+    records = records_of(world, 0)
+    assert_equal(records, reference)
+    assert records.finished_s[0] == records.finished_s[2] == records.arrived_s[4]
+    step = records.max_gap_s[4]
+    assert records.ttft_s[4] < 2 * step, "it waited for an iteration that started without it"
