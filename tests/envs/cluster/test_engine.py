@@ -281,7 +281,7 @@ def test_a_lane_of_16_instances_and_4096_requests_is_small():
 
 
 def test_at_equal_times_arrivals_come_before_iterations():
-    """Twin instances end an iteration at once; the turn that follows on the first one joins the second's next."""
+    """Twin instances end an iteration at once; the turn that follows on the first joins the other's next."""
     workload = make_workload(
         "twins", [0.0] * 5, [16] * 5, [5, 50, 5, 50, 3], after=np.array([-1, -1, -1, -1, 0])
     )
