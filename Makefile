@@ -1,7 +1,7 @@
 # make train: from a fresh clone to a table in which a freshly trained policy stands beside the heuristics.
 PYTHON ?= python3
 VENV ?= .venv
-STEPS ?= 2000000
+STEPS ?= 1000000
 RUN ?= runs/quickstart
 # Without an NVIDIA driver the CPU build of torch saves gigabytes; TORCH_INDEX= leaves the choice to pip.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
