@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from servegym.envs.cluster.spec import InstanceSpec
+from servegym.envs.cluster.spec import InstanceSpec, Migration
 from servegym.errors import InputError
 
 REWARDS = ("latency", "goodput")
@@ -61,6 +61,9 @@ class Scenario:
         prediction_error: standard deviation of the log of the output-length prediction's factor.
         prefix_caching: vLLM's automatic prefix caching.
         engine: InstanceSpec fields that hold for every instance, for example {"token_budget": 512}.
+        migration: the lever to move requests between instances; without the table they stay.
+        budget_period_s: time between two occasions to set an instance's prefill budget; 0: never.
+        drain: instance number (as text) -> seconds from when on it gets no new requests.
     """
 
     name: str = "custom"
@@ -81,6 +84,9 @@ class Scenario:
     prediction_error: float = 0.5
     prefix_caching: bool = True
     engine: dict[str, Any] = field(default_factory=dict)
+    migration: Migration | None = None
+    budget_period_s: float = 0.0
+    drain: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, hint: str) -> None:
@@ -93,12 +99,15 @@ class Scenario:
         require(0 < self.requests <= MOST_REQUESTS, "requests", f"must lie in 1..{MOST_REQUESTS}")
         for name, options in (("reward", REWARDS), ("zero_output", ZERO_OUTPUT)):
             require(getattr(self, name) in options, name, f"choose one of {', '.join(options)}")
-        for name in ("beta", "scrape_s", "noise", "prediction_error"):
+        for name in ("beta", "scrape_s", "noise", "prediction_error", "budget_period_s"):
             require(0 <= getattr(self, name) <= LARGEST, name, f"must lie in 0..{LARGEST:g}")
         for name in ("classes", "priorities"):
             shares = getattr(self, name).values()
             whole = not shares or (min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6)
             require(whole, name, "fractions are at least 0 and sum to 1")
+        for number, at_s in self.drain.items():
+            known = number.isascii() and number.isdigit() and 0 <= at_s <= LARGEST
+            require(known, "drain", f"give instance number -> seconds in 0..{LARGEST:g}")
         for level in self.priorities:
             require(_is_priority(level), "priorities", "priorities are whole numbers in -32768..32767")
         for name, slo in {"slo": self.slo, **self.class_slo}.items():
@@ -165,13 +174,13 @@ def _typed(where: object, cls: type, raw: dict[str, Any], prefix: str = "") -> d
 
 
 def _value(where: object, name: str, kind: Any, value: Any) -> Any:
-    """A value as the type `kind`: scalars, `X | None`, `tuple[X, ...]`, `dict[str, X]` and Slo."""
+    """A value as the type `kind`: scalars, `X | None`, `tuple[X, ...]`, `dict[str, X]`, Slo and Migration."""
     if isinstance(kind, UnionType):
         return None if value is None else _value(where, name, get_args(kind)[0], value)
     if kind is Any:
         return value
-    if kind is Slo and isinstance(value, dict):
-        return Slo(**_typed(where, Slo, value, f"{name}."))
+    if kind in (Slo, Migration) and isinstance(value, dict):
+        return kind(**_typed(where, kind, value, f"{name}."))
     if get_origin(kind) is dict and isinstance(value, dict):
         return {k: _value(where, f"{name}.{k}", get_args(kind)[1], v) for k, v in value.items()}
     if get_origin(kind) is tuple and isinstance(value, list | tuple):

@@ -60,7 +60,7 @@ class View:
         """
         if "oracle" not in self._obs:
             raise InputError(rule, "observation key", "oracle", "make the environment with oracle=True")
-        return self._obs["oracle"].astype(np.float64)
+        return self._obs["oracle"][:, 1:].astype(np.float64)
 
     def hit_fraction(self) -> np.ndarray:
         """Share of the prompt that each instance has cached, [B, I]."""

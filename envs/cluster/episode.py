@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,13 @@ class Episode:
         workload: the requests.
         cluster: the fleet.
         predicted_output: int32 [N], output tokens as a length predictor sees them, at least 1.
+        scenario: what it was drawn from: its service levels and staleness; None: the environment's.
     """
 
     workload: Workload
     cluster: ClusterSpec
     predicted_output: np.ndarray
+    scenario: Scenario | None = None
 
 
 def make_episodes(scenario: Scenario, count: int, seed: int, *, disjoint: bool = False) -> list[Episode]:
@@ -60,10 +62,7 @@ def make_episodes(scenario: Scenario, count: int, seed: int, *, disjoint: bool =
 
     if count < 1:
         raise InputError(f"scenario {scenario.name}", "episodes", count, "draw at least one")
-    clusters = [
-        parse_cluster(text, prefix_caching=scenario.prefix_caching, **scenario.engine)
-        for text in scenario.clusters
-    ]
+    clusters = fleets_of(scenario)
     source = _Source(scenario)
     _check_classes(scenario, source.sample)
     windows = count if disjoint else 0
@@ -75,8 +74,41 @@ def make_episodes(scenario: Scenario, count: int, seed: int, *, disjoint: bool =
         rate = rng.uniform(*scenario.loads) * rates[choice]
         workload = source.draw(rate, rng, k, windows)
         predicted = predicted_output_tokens(workload, scenario.prediction_error, int(rng.integers(2**31)))
-        episodes.append(Episode(workload, clusters[choice], predicted))
+        episodes.append(Episode(workload, clusters[choice], predicted, scenario))
     return episodes
+
+
+def fleets_of(scenario: Scenario) -> list[ClusterSpec]:
+    """The fleets of a scenario with its levers.
+
+    Raises:
+        InputError: for a fleet that cannot be read, or an instance to drain that no fleet has.
+    """
+    fleets = []
+    for text in scenario.clusters:
+        fleet = parse_cluster(
+            text,
+            prefix_caching=scenario.prefix_caching,
+            migration=scenario.migration,
+            budget_period_s=scenario.budget_period_s,
+            **scenario.engine,
+        )
+        fleets.append(_drained(fleet, scenario.drain))
+    most = max(len(fleet) for fleet in fleets)
+    for number in scenario.drain:
+        if int(number) >= most:
+            hint = f"the largest fleet has instances 0..{most - 1}"
+            raise InputError(f"scenario {scenario.name}", "drain", number, hint)
+    return fleets
+
+
+def _drained(fleet: ClusterSpec, drain: dict[str, float]) -> ClusterSpec:
+    """The fleet with the times from which instances drain."""
+    instances = [
+        replace(spec, drain_at_s=drain[str(i)]) if str(i) in drain else spec
+        for i, spec in enumerate(fleet.instances)
+    ]
+    return replace(fleet, instances=tuple(instances))
 
 
 def sample_workload(scenario: Scenario) -> Workload:

@@ -31,17 +31,21 @@ from servegym.envs.costs.model import prefill_ps
 (
     RUNNING, WAITING, KV_USAGE, PREEMPTIONS, SCRAPE_AGE, INFLIGHT, PREFILL_TOKENS, CONTEXT_TOKENS,
     PREDICTED_TOKENS, KV_CAPACITY, TOKEN_BUDGET, MAX_SEQS, PREFILL_SPEED, DECODE_SPEED, DECODE_STEP,
-    AVAILABLE,
+    AVAILABLE, PREFILL_BUDGET, URGENT, HOST_USAGE, ENGAGED,
 ) = range(len(schema.INSTANCE))  # fmt: skip
-IS_DEFAULT, PREFIX_HIT, QUEUE, PREFILL, STEP_AFTER, KV_AFTER, SESSION_LAST = range(len(schema.EDGE))
+(
+    IS_DEFAULT, PREFIX_HIT, QUEUE, PREFILL, STEP_AFTER, KV_AFTER, SESSION_LAST, SWAP, COPY, PREFILL_CAP,
+    ITERATION,
+) = range(len(schema.EDGE))  # fmt: skip
 INSTANCES, ARRIVAL_RATE, ARRIVAL_TOKENS, SINCE_LAST, ALL_INFLIGHT = range(len(schema.GLOBAL))
 _SECOND = 1.0 / PS
 
 
 class Frame(NamedTuple):
-    """Observations of L lanes: the arrays of `schema` with a leading lane dimension, R = 1, C = I + 1.
+    """Observations of L lanes: the arrays of `schema` with a leading lane dimension.
 
-    `oracle` is float64 [L, I], seconds of work truly left on each instance, or [L, 0] where nobody asked.
+    `oracle` is float64 [L, C], what each answer truly costs, or [L, 0] where nobody asked: seconds of work
+    left on the instance for a dispatch, output tokens to come for a request that may give way or move.
     """
 
     instances: np.ndarray
@@ -56,21 +60,23 @@ class Frame(NamedTuple):
     oracle: np.ndarray
 
 
-def make_frame(lanes: int, instances: int, *, oracle: bool = False) -> Frame:
-    """Zeroed buffers for fleets of up to `instances`."""
-    candidates = np.zeros((lanes, instances + 1, 2), np.int32)
-    candidates[:, 1:, 1] = np.arange(instances)
+def make_frame(lanes: int, instances: int, requests: int = 1, *, oracle: bool = False) -> Frame:
+    """Zeroed buffers for fleets of up to `instances` and questions about up to `requests` requests."""
+    most = schema.most_candidates(instances, requests)
+    candidates = np.zeros((lanes, most, 3), np.int32)
+    candidates[:, 1 : instances + 1, 1] = np.arange(instances)
+    candidates[:, :, 2] = -1
     return Frame(
         instances=np.zeros((lanes, instances, len(schema.INSTANCE)), np.float32),
-        requests=np.zeros((lanes, 1, len(schema.REQUEST)), np.float32),
+        requests=np.zeros((lanes, requests, len(schema.REQUEST)), np.float32),
         candidates=candidates,
-        edges=np.zeros((lanes, instances + 1, len(schema.EDGE)), np.float32),
+        edges=np.zeros((lanes, most, len(schema.EDGE)), np.float32),
         globals=np.zeros((lanes, len(schema.GLOBAL)), np.float32),
         history=np.zeros((lanes, schema.HISTORY), np.float32),
         instance_mask=np.zeros((lanes, instances), np.int8),
-        mask=np.zeros((lanes, instances + 1), np.int8),
+        mask=np.zeros((lanes, most), np.int8),
         kind=np.zeros(lanes, np.int64),
-        oracle=np.zeros((lanes, instances if oracle else 0), np.float64),
+        oracle=np.zeros((lanes, most if oracle else 0), np.float64),
     )
 
 
@@ -180,7 +186,7 @@ def observe_dispatch(world, frame, l):
         edge[SESSION_LAST] = i == last
         frame.mask[l, i + 1] = fits(world, l, i, r)
         if frame.oracle.shape[1]:
-            frame.oracle[l, i] = _oracle(world, l, i)
+            frame.oracle[l, i + 1] = _oracle(world, l, i)
     frame.globals[l, ALL_INFLIGHT] = inflight
     frame.candidates[l, 0, 1] = lane.default
     _copy(frame.edges[l, lane.default + 1], frame.edges[l, 0])

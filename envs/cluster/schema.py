@@ -4,7 +4,7 @@ Arrays of one observation (a leading lane dimension in vectorised environments):
 
     instances   float32 [I, INSTANCE]    nodes: engine replicas, padded; see instance_mask
     requests    float32 [R, REQUEST]     nodes: requests that the decision is about, padded
-    candidates  int32   [C, 2]           (request row, instance row) that each possible answer joins
+    candidates  int32   [C, 3]           (request row, instance row, source row or -1) of each possible answer
     edges       float32 [C, EDGE]        features of the candidate
     globals     float32 [GLOBAL]
     history     float32 [HISTORY]        arrivals in each of the last HISTORY seconds, latest last
@@ -13,8 +13,19 @@ Arrays of one observation (a leading lane dimension in vectorised environments):
     kind        int64   []               index into KINDS
 
 Candidate 0 is the default: what the stock system would do, or nothing. An agent that always answers 0 is
-the system without an agent. For dispatch, candidate k >= 1 sends the request to instance k - 1, and
-candidate 0 leaves the choice to the default rule, whose choice its edge describes.
+the system without an agent. The kinds of questions, and what the other candidates are:
+
+    dispatch  a request has arrived: k >= 1 sends it to instance k - 1
+    preempt   an instance lacks memory for its next tokens: 1 + 2 row recomputes that request later, 2 + 2 row
+              swaps its KV to the host; candidate 0 is the engine's own victim
+    migrate   a period has passed: each candidate is a pair of a source, shown by the request that would go,
+              and a destination; candidate 0 moves nothing (more) this time
+    move      a pair was chosen: 1 + row is the request of the source that goes; candidate 0 the default one
+    budget    an instance prefills beside decodes: k >= 1 caps the prompt tokens of an iteration at the
+              engine's token budget / 2^(k-1); candidate 0 keeps the cap
+    scale     reserved
+
+Networks read the first two columns of `candidates`; rules that compare source and destination the third.
 
 Values are in natural units; a network scales them by each feature's `scale`.
 """
@@ -26,8 +37,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-VERSION = 1
-KINDS = ("dispatch", "preempt", "migrate", "scale")
+VERSION = 2
+KINDS = ("dispatch", "preempt", "migrate", "move", "budget", "scale")
+OFFERS = 8  # most requests that a question is about
 HISTORY = 16
 
 
@@ -82,6 +94,14 @@ INSTANCE = (
     ),
     Feature("decode_step_s", "s", "profile at the requests and context in flight", 0.02, "log"),
     Feature("available", "0 or 1", "health check; 0 while failed, starting or draining"),
+    Feature(
+        "prefill_budget", "tokens", "router: most prompt tokens of an iteration, as last set", 2048.0, "log"
+    ),
+    Feature(
+        "urgent_inflight", "requests", "router: in flight, above the workload's lowest priority", 4.0, "log"
+    ),
+    Feature("host_usage", "fraction", "engine: host memory that swapped KV takes"),
+    Feature("engaged", "0 or 1", "router: source or destination of a migration in flight"),
 )
 REQUEST = (
     Feature("prompt_tokens", "tokens", "tokenised prompt", 512.0, "log"),
@@ -92,15 +112,43 @@ REQUEST = (
     Feature("weight", "1", "weight of the request's class"),
     Feature("waited_s", "s", "router's clock since arrival", 1.0, "log"),
     Feature("turn", "requests", "turns of the session before this one", 1.0, "log"),
+    Feature("streamed_tokens", "tokens", "router: tokens streamed so far", 128.0, "log"),
+    Feature(
+        "predicted_left_tokens", "tokens", "router: predicted output less what was streamed", 128.0, "log"
+    ),
+    Feature("kv_tokens", "tokens", "engine: KV that the request holds on its instance", 512.0, "log"),
+    Feature("running", "0 or 1", "engine: 1 while it runs, 0 while it waits or has just arrived"),
+    Feature("preemptions", "requests", "engine: times it was preempted", 1.0, "log"),
+    Feature("source_kv_usage", "fraction", "vllm:kv_cache_usage_perc of the instance where it is"),
+    Feature("source_step_s", "s", "decode_step_s of the instance where it is", 0.02, "log"),
+    Feature("source_queue_s", "s", "queue_s of the instance where it is", 0.5, "log"),
 )
 EDGE = (
     Feature("is_default", "0 or 1", "1 for candidate 0"),
     Feature("prefix_hit_tokens", "tokens", "KV events: leading prompt tokens cached there", 512.0, "log"),
     Feature("queue_s", "s", "profile: prefill of the prompts in flight there", 0.5, "log"),
-    Feature("prefill_s", "s", "profile: prefill of this prompt's uncached tokens", 0.5, "log"),
-    Feature("step_after_s", "s", "profile: decode step with this request added", 0.02, "log"),
+    Feature("prefill_s", "s", "profile: prefill that the answer makes the instance compute", 0.5, "log"),
+    Feature("step_after_s", "s", "profile: decode step there after the answer", 0.02, "log"),
     Feature("kv_after", "fraction", "context and predicted output in flight, with this request, by capacity"),
     Feature("session_last", "0 or 1", "router: the session's previous turn ran there"),
+    Feature("swap", "0 or 1", "1 where the answer preempts by swap"),
+    Feature(
+        "copy_s",
+        "s",
+        "profile: copies that the answer starts, to the host and back or to the instance",
+        0.1,
+        "log",
+    ),
+    Feature(
+        "prefill_cap", "tokens", "budget: most prompt tokens of an iteration after the answer", 2048.0, "log"
+    ),
+    Feature(
+        "iteration_s",
+        "s",
+        "profile: iteration with the running decodes and that many prompt tokens",
+        0.05,
+        "log",
+    ),
 )
 GLOBAL = (
     Feature("instances", "instances", "router's endpoint list", 8.0, "log"),
@@ -113,12 +161,18 @@ GLOBAL = (
 HISTORY_FEATURE = Feature("arrivals", "requests", "router: arrivals in that second", 4.0, "log")
 
 
+def most_candidates(instances: int, requests: int) -> int:
+    """Candidates C of observations with so many instance rows, and one or `OFFERS` request rows."""
+    return instances + 1 if requests == 1 else max(instances + 1, 1 + 2 * requests)
+
+
 def describe() -> dict:
     """The whole contract as plain data; `schema_hash` covers exactly this."""
     tables = {"instances": INSTANCE, "requests": REQUEST, "edges": EDGE, "globals": GLOBAL}
     return {
         "version": VERSION,
         "kinds": list(KINDS),
+        "offers": OFFERS,
         "history": HISTORY,
         "history_feature": asdict(HISTORY_FEATURE),
         **{name: [asdict(f) for f in features] for name, features in tables.items()},

@@ -46,7 +46,7 @@ def _stream(world, l, i):
 def start_scrape(world, l, i):
     """Forget all readings: the instance is empty and time is 0."""
     inst = world.instance[l, i]
-    period = world.sensing[0].period
+    period = world.episode[world.lane[l].episode].scrape_period
     inst.next_scrape = NEVER
     if period > 0:
         inst.next_scrape = np.int64(uniform(_stream(world, l, i)) * period)
@@ -99,7 +99,7 @@ def _read(world, l, i, tick):
     inst.seen_rise = inst.preemptions - inst.seen_preemptions
     inst.seen_preemptions = inst.preemptions
     inst.scraped_at = tick
-    noise = world.sensing[0].noise
+    noise = world.episode[world.lane[l].episode].scrape_noise
     if noise > 0.0:
         bits = mix(_stream(world, l, i), tick)
         spread = noise * math.sqrt(12.0)
@@ -117,7 +117,7 @@ def scrape(world, l, i, t):
     inst = world.instance[l, i]
     if t < inst.next_scrape:
         return
-    period = world.sensing[0].period
+    period = world.episode[world.lane[l].episode].scrape_period
     later = (t - inst.next_scrape) // period
     if later > 0:
         inst.seen_preemptions = inst.preemptions
@@ -129,7 +129,7 @@ def scrape(world, l, i, t):
 @inlined
 def look(world, l, i, t):
     """Bring the readings up to what a router has at time t."""
-    if world.sensing[0].period > 0:
+    if world.episode[world.lane[l].episode].scrape_period > 0:
         scrape(world, l, i, t)
     else:
         _read(world, l, i, t)

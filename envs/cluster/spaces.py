@@ -11,18 +11,20 @@ _FLOAT = float(np.finfo(np.float32).max)
 _PRIORITY = schema.column(schema.REQUEST, "priority")
 
 
-def observation_space(instances: int, *, oracle: bool = False) -> spaces.Dict:
-    """Space of one lane's observation for fleets of up to `instances`; see `schema` for the arrays.
+def observation_space(instances: int, requests: int = 1, *, oracle: bool = False) -> spaces.Dict:
+    """Space of one lane's observation for fleets of up to `instances`, with `requests` request rows.
+
+    `schema` describes the arrays.
 
     Every feature is at least 0 but a request's priority, which may be any int16.
     """
-    candidates = instances + 1
-    lowest = np.zeros((1, len(schema.REQUEST)), np.float32)
+    candidates = schema.most_candidates(instances, requests)
+    lowest = np.zeros((requests, len(schema.REQUEST)), np.float32)
     lowest[:, _PRIORITY] = np.iinfo(np.int16).min
     parts: dict[str, spaces.Space] = {
         "instances": _positive(instances, len(schema.INSTANCE)),
         "requests": spaces.Box(lowest, np.full_like(lowest, _FLOAT), dtype=np.float32),
-        "candidates": spaces.Box(0, instances, (candidates, 2), np.int32),
+        "candidates": spaces.Box(-1, max(instances, requests) - 1, (candidates, 3), np.int32),
         "edges": _positive(candidates, len(schema.EDGE)),
         "globals": _positive(len(schema.GLOBAL)),
         "history": _positive(schema.HISTORY),
@@ -31,7 +33,7 @@ def observation_space(instances: int, *, oracle: bool = False) -> spaces.Dict:
         "kind": spaces.Discrete(len(schema.KINDS)),
     }
     if oracle:
-        parts["oracle"] = spaces.Box(0, _FLOAT, (instances,), np.float64)
+        parts["oracle"] = spaces.Box(0, _FLOAT, (candidates,), np.float64)
     return spaces.Dict(parts)
 
 

@@ -30,13 +30,23 @@ ROW = _record(
     prompt="i8", output="i8", predicted="i8", prefix="i8", prefixes="i8",
     priority="i8", turn="i8", klass="i8", slo_ttft="f8", slo_tpot="f8", weight="f8",
 )  # fmt: skip
-# A workload (its rows, its prefix block) on a fleet: what a lane plays from reset to end.
-EPISODE = _record(first_row="i8", rows="i8", fleet="i8", prefix_tokens="i8", longest_output="i8")
+# A workload (its rows, its prefix block) on a fleet: what a lane plays from reset to end. Times of the router:
+# scrape (0: afresh at every decision), migration and budget (0: never); `least_urgent` is the workload's largest
+# priority; slowdown is in parts per million.
+EPISODE = _record(
+    first_row="i8", rows="i8", fleet="i8", prefix_tokens="i8", longest_output="i8", least_urgent="i8",
+    scrape_period="i8", scrape_noise="f8", migrate_period="i8", last_blocks="i8", stages="i8", slowdown="i8",
+    budget_period="i8",
+)  # fmt: skip
 # Settings of an instance in a fleet; `profile` indexes the cost tables.
 SETTING = _record(
     profile="i8", blocks="i8", block_tokens="i8", budget="i8", max_seqs="i8", watermark="i8",
     by_priority="i8", reserve="i8", caching="i8", prefill_tokens_per_s="f8",
     decode_tokens_per_s="f8", asynchronous="i8",
+    # Swap to the host: blocks there, ps a copy and a block, blocks a copy, part of a copy hidden (1/1000).
+    host_blocks="i8", by_swap="i8", swap_call="i8", swap_block="i8", swap_group="i8", overlap="i8",
+    # Copies to other instances, ps a copy and a block; from when on the instance drains.
+    net_call="i8", net_block="i8", drain="i8",
 )  # fmt: skip
 LANE = _record(
     now="i8", episode="i8", plays="i8", first_row="i8", rows="i8", fleet="i8", instances="i8",
@@ -44,6 +54,11 @@ LANE = _record(
     room="i8", longest_output="i8",
     decided_at="i8", accrued_at="i8", live_weight="f8", cost="f8", gain="f8", decisions="i8",
     history_second="i8", last_arrival="i8", arrival_rate="f8", prompt_rate="f8", admissions="i8",
+    # Questions: which kinds are raised (a bit each), the open one, the instance that asks or whose request
+    # moves, its destination, and whether swap or the victim's number was the default.
+    raises="i8", question="i8", asker="i8", target="i8", default_swap="i8",
+    # Migrations in flight; next ticks; instance up to which this budget tick has asked; pairs taken this tick.
+    moving="i8", next_migrate="i8", next_budget="i8", budget_turn="i8", pairs="i8",
 )  # fmt: skip
 # What every decision reads of every instance comes first, in neighbouring cache lines.
 INSTANCE = _record(
@@ -66,17 +81,29 @@ INSTANCE = _record(
     head="i8", tail="i8", waiting="i8",
     # Prefix cache: blocks of KV a prefix block takes (0: off), idle ones in order of last use.
     unit_blocks="i8", unit_tokens="i8", units="i8", idle_units="i8", oldest="i8", newest="i8", spare="i8",
+    # Decode steps in flight whose blocks are taken. Where the scheduler was interrupted by a question: which of
+    # its two calls, whether it has preempted, what it may see, the finished requests that still hold memory.
+    booked_steps="i8", phase="i8", preempted="i8", seen="i8", leaving="i8", leaving_count="i8",
+    # Most prompt tokens of an iteration; requests in flight above the least urgent priority.
+    cap="i8", urgent="i8",
+    # Swap: free blocks of host memory, copies that the next iteration waits for (ps); end of the last copy on
+    # the link to host and network.
+    host_free="i8", copying="i8", link_until="i8",
+    # Migration away: the request, where to, how far, tokens copied, blocks reserved there, end of the copy.
+    out="i8", out_to="i8", out_phase="i8", out_stage="i8", out_copied="i8", out_reserved="i8", out_until="i8",
+    # Migration to here: the source; then the request that joins the batch, its KV and blocks. Tick of the last
+    # pair.
+    inbound="i8", joiner="i8", joiner_kv="i8", joiner_blocks="i8", paired="i8",
 )  # fmt: skip
 REQ = _record(
     next="i4", instance="i4", done="i4", units="i4", preemptions="i4", cached="i4", booked="i4",
+    hosted="i4", migrations="i4",
     lost="i8", order="i8",
     arrived="i8", dispatched="i8", first="i8", finished="i8", last="i8", gap="i8",
 )  # fmt: skip
 # A cached prefix block: its id, how many requests hold it, its neighbours in the order of idle blocks.
 UNIT = _record(key="i4", holders="i4", older="i4", newer="i4")
 SLEEPER = _record(at="i8", request="i8")
-# How a router reads the engines: period of the scrape (0: afresh at every decision), relative noise.
-SENSING = _record(period="i8", noise="f8")
 
 
 class World(NamedTuple):
@@ -96,13 +123,13 @@ class World(NamedTuple):
     slot: np.ndarray  # int32 [L, I, H]; hash table of prefix blocks, unit + 1 or 0
     sleeper: np.ndarray  # SLEEPER [L, Z]; heap of closed-loop turns that wait for their time
     history: np.ndarray  # float64 [L, HISTORY]; arrivals a second, ring
+    offer: np.ndarray  # int32 [L, OFFERS]; requests that the open question is about, row by row
     # shared
     row: np.ndarray  # ROW [R]
     prefix: np.ndarray  # int32; prefix ids of all rows
     episode: np.ndarray  # EPISODE [E]
     setting: np.ndarray  # SETTING [F, I]
     fleet_size: np.ndarray  # int64 [F]
-    sensing: np.ndarray  # SENSING [1]
     glance: np.ndarray  # float32 [P, S + 1, J, 2]; a decode step at each knot, and per token more, s
     # cost tables, the fields of CostTables: kernels give the world itself to the cost model, since a parallel
     # loop takes a flat tuple only
@@ -121,7 +148,7 @@ class World(NamedTuple):
     prefill: np.ndarray
 
 
-OWNED = ("lane", "instance", "run", "residue", "req", "unit", "slot", "sleeper", "history")
+OWNED = ("lane", "instance", "run", "residue", "req", "unit", "slot", "sleeper", "history", "offer")
 
 
 def lane_bytes(world: World) -> int:

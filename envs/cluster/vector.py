@@ -26,7 +26,7 @@ from servegym.envs.cluster.steps import (
     make_transition,
     step_lanes,
 )
-from servegym.envs.cluster.world import Sensing, build_world
+from servegym.envs.cluster.world import build_world
 from servegym.envs.records import Records
 from servegym.envs.scenario import REWARDS, Scenario, load_scenario
 from servegym.errors import InputError
@@ -103,13 +103,7 @@ class DispatchVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = spaces.Discrete(self.num_instances + 1)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._world = build_world(
-            bank,
-            num_envs,
-            slo=self.scenario.slo,
-            class_slo=self.scenario.class_slo,
-            sensing=Sensing(self.scenario.scrape_s, self.scenario.noise),
-        )
+        self._world = build_world(bank, num_envs, scenario=self.scenario)
         self._frame = make_frame(num_envs, self.num_instances, oracle=oracle)
         self._final = make_frame(num_envs, self.num_instances, oracle=oracle)
         self._finished = make_finished(self._world)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from servegym.envs.cluster.episode import Episode
-from servegym.envs.cluster.schema import HISTORY
-from servegym.envs.cluster.spec import QUEUE_POLICIES, ClusterSpec, InstanceSpec
+from servegym.envs.cluster.schema import HISTORY, OFFERS
+from servegym.envs.cluster.spec import PREEMPTIONS, QUEUE_POLICIES, ClusterSpec, InstanceSpec
 from servegym.envs.cluster.state import (
     EPISODE,
     INSTANCE,
@@ -20,7 +19,6 @@ from servegym.envs.cluster.state import (
     REQ,
     ROW,
     RUN_ROWS,
-    SENSING,
     SETTING,
     SLEEPER,
     UNIT,
@@ -28,46 +26,34 @@ from servegym.envs.cluster.state import (
 )
 from servegym.envs.costs import Profile, cost_tables, load_profile
 from servegym.envs.costs.model import CostTables, iteration_ps, prefill_ps, stretch_ps
-from servegym.envs.scenario import Slo
+from servegym.envs.costs.profile import Link
+from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
 
-DEFAULT_SLO = Slo()
+DEFAULT_SCENARIO = Scenario()
+GIB = 2**30
+MOST_S = 1e6  # of all times and periods, seconds
 DECODE_REQUESTS, DECODE_CONTEXT = 64, 1024  # the batch at which decode_tokens_per_s is quoted
-
-
-@dataclass(frozen=True)
-class Sensing:
-    """How the router reads the engines.
-
-    Attributes:
-        scrape_s: period of the metrics scrape, seconds; 0 reads them afresh at every decision.
-        noise: relative standard error of scraped metrics.
-    """
-
-    scrape_s: float = 0.0
-    noise: float = 0.0
 
 
 def build_world(
     episodes: Sequence[Episode],
     lanes: int,
     *,
-    slo: Slo = DEFAULT_SLO,
-    class_slo: Mapping[str, Slo] | None = None,
-    sensing: Sensing | None = None,
+    scenario: Scenario = DEFAULT_SCENARIO,
     seed: int = 0,
 ) -> World:
     """Allocate a world whose lanes can play any of the episodes.
 
     Args:
-        slo, class_slo: service level of classes, and of those that differ, by name.
+        scenario: service levels and staleness of the episodes that name no scenario of their own.
 
     Raises:
         InputError: for settings that contradict each other, and for a request that fits no instance.
     """
-    drawn = list({_key(e): (e.workload, e.predicted_output) for e in episodes}.values())
-    workloads = [workload for workload, _ in drawn]
+    drawn = list({_key(e): (e, e.scenario or scenario) for e in episodes}.values())
+    workloads = [episode.workload for episode, _ in drawn]
     clusters = list({id(e.cluster): e.cluster for e in episodes}.values())
     names = sorted({i.profile for c in clusters for i in c.instances})
     profiles = {name: load_profile(name) for name in names}
@@ -78,8 +64,8 @@ def build_world(
     )
     _measure_speeds(settings, tables)
     sizes = np.array([len(c) for c in clusters], np.int64)
-    rows, prefixes, starts = _rows(drawn, slo, class_slo or {})
-    bank = _episodes(episodes, clusters, starts)
+    rows, prefixes, starts = _rows(drawn)
+    bank = _episodes(episodes, clusters, starts, scenario)
     for episode, entry in zip(episodes, bank, strict=True):
         _check_fit(episode, settings[entry["fleet"]][: len(episode.cluster)])
     running = _odd_lines(min(int(settings["max_seqs"].max()), longest))
@@ -96,12 +82,12 @@ def build_world(
         slot=np.zeros((*shape, slots), np.int32),
         sleeper=np.zeros((lanes, max(_sessions(w) for w in workloads)), SLEEPER),
         history=np.zeros((lanes, HISTORY)),
+        offer=np.zeros((lanes, OFFERS), np.int32),
         row=rows,
         prefix=prefixes,
         episode=bank,
         setting=settings,
         fleet_size=sizes,
-        sensing=_sensing(sensing or Sensing()),
         glance=_glance(tables),
         **tables._asdict(),
     )
@@ -114,12 +100,6 @@ def seed_lanes(world: World, seed: int) -> None:
     streams = np.random.SeedSequence(seed).generate_state(len(world.lane), np.uint64)
     world.lane["seed"] = (streams >> np.uint64(2)).astype(np.int64)
     world.lane["plays"] = 0
-
-
-def _sensing(sensing: Sensing) -> np.ndarray:
-    record = np.zeros(1, SENSING)
-    record["period"], record["noise"] = round(sensing.scrape_s * PS), sensing.noise
-    return record
 
 
 def _settings(
@@ -145,11 +125,36 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
     require(1 <= max_seqs <= budget, "max_seqs", max_seqs, f"must lie in 1..token_budget ({budget})")
     require(0 <= spec.watermark < 1, "watermark", spec.watermark, "must lie in [0, 1)")
     require(spec.queue in QUEUE_POLICIES, "queue", spec.queue, f"choose one of {', '.join(QUEUE_POLICIES)}")
+    require(spec.preemption in PREEMPTIONS, "preemption", spec.preemption, "choose recompute or swap")
+    require(0 <= spec.swap_gib <= MOST_S, "swap_gib", spec.swap_gib, f"must lie in 0..{MOST_S:g}")
+    require(spec.swap_group >= 1, "swap_group", spec.swap_group, "a copy carries at least one block")
+    require(
+        spec.preemption == "recompute" or spec.swap_gib > 0, "preemption", spec.preemption,
+        "swap needs host memory: give swap_gib",
+    )  # fmt: skip
+    drain = NEVER if spec.drain_at_s is None else spec.drain_at_s
+    require(drain >= 0, "drain_at_s", spec.drain_at_s, "must be >= 0")
+    block_bytes = profile.model.kv_bytes_per_token * spec.block_tokens
+    swap = _copy_ps(profile.swap, block_bytes) if spec.swap_gib else (0, 0)
+    net = _copy_ps(profile.network, block_bytes) if cluster.migration else (0, 0)
+    require(swap is not None, "swap_gib", spec.swap_gib, "the profile has no swap costs; leave it 0")
+    require(net is not None, "migration", cluster.migration, "the profile has no network costs; leave it out")
     return (
         index, blocks, spec.block_tokens, budget, max_seqs, int(spec.watermark * blocks),
         spec.queue == "priority", spec.reserve_prompt, cluster.prefix_caching, 0.0, 0.0,
         spec.async_scheduling,
+        int(spec.swap_gib * GIB) // block_bytes, spec.preemption == "swap",
+        swap[0] * 2 * profile.model.layers, swap[1], spec.swap_group,
+        round(profile.swap.overlap * 1000) if profile.swap else 0,
+        net[0], net[1], drain if drain == NEVER else round(drain * PS),
     )  # fmt: skip
+
+
+def _copy_ps(link: Link | None, block_bytes: int) -> tuple[int, int] | None:
+    """Picoseconds of a call and of a block on a link; None without one."""
+    if link is None:
+        return None
+    return round(link.seconds_per_call * PS), round(block_bytes / link.bytes_per_second * PS)
 
 
 def _glance(tables: CostTables) -> np.ndarray:
@@ -176,20 +181,17 @@ def _measure_speeds(settings: np.ndarray, tables: CostTables) -> None:
         setting["decode_tokens_per_s"] = n / (stretch_ps(tables, p, n, n * length, length, 1) / PS)
 
 
-def _key(episode: Episode) -> tuple[int, int]:
-    """Episodes share rows when they share the requests and what a predictor says of them."""
-    return id(episode.workload), id(episode.predicted_output)
+def _key(episode: Episode) -> tuple[int, int, int]:
+    """Episodes share rows when they share the requests, what a predictor says of them, and service levels."""
+    return id(episode.workload), id(episode.predicted_output), id(episode.scenario)
 
 
-def _rows(
-    drawn: Sequence[tuple[Workload, np.ndarray]],
-    slo: Slo,
-    class_slo: Mapping[str, Slo],
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def _rows(drawn: Sequence[tuple[Episode, Scenario]]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """All workloads with their predictions in one ROW array, prefix ids, and the first row of each."""
-    rows = np.zeros(sum(len(w) for w, _ in drawn), ROW)
+    rows = np.zeros(sum(len(e.workload) for e, _ in drawn), ROW)
     starts, start, prefix_start = [], 0, 0
-    for w, predicted in drawn:
+    for episode, scenario in drawn:
+        w = episode.workload
         part = rows[start : start + len(w)]
         closed = w.after >= 0
         part["arrived"] = np.where(closed, NEVER, np.rint(w.arrived_at_s * PS).astype(np.int64))
@@ -198,17 +200,17 @@ def _rows(
         part["next_turn"][w.after[closed]] = np.flatnonzero(closed)
         part["previous_turn"] = _previous_turns(w)
         part["prompt"], part["output"] = w.prompt_tokens, w.output_tokens
-        part["predicted"] = predicted
+        part["predicted"] = episode.predicted_output
         part["prefix"] = w.prefix_offsets[:-1] + prefix_start
         part["prefixes"] = np.diff(w.prefix_offsets)
         part["priority"], part["turn"], part["klass"] = w.priority, np.maximum(w.turn, 0), w.class_id
-        levels = [class_slo.get(name, slo) for name in w.class_names]
+        levels = [scenario.class_slo.get(name, scenario.slo) for name in w.class_names]
         for field, attribute in (("slo_ttft", "ttft_s"), ("slo_tpot", "tpot_s"), ("weight", "weight")):
             part[field] = np.array([getattr(level, attribute) for level in levels])[w.class_id]
         starts.append(start)
         start += len(w)
         prefix_start += len(w.prefix_ids)
-    return rows, np.concatenate([w.prefix_ids for w, _ in drawn]).astype(np.int32), starts
+    return rows, np.concatenate([e.workload.prefix_ids for e, _ in drawn]).astype(np.int32), starts
 
 
 def _previous_turns(w: Workload) -> np.ndarray:
@@ -233,6 +235,7 @@ def _episodes(
     episodes: Sequence[Episode],
     clusters: Sequence[ClusterSpec],
     starts: Sequence[int],
+    scenario: Scenario,
 ) -> np.ndarray:
     first_row = dict(zip(dict.fromkeys(_key(e) for e in episodes), starts, strict=True))
     cluster_index = {id(c): k for k, c in enumerate(clusters)}
@@ -243,7 +246,31 @@ def _episodes(
         entry["fleet"] = cluster_index[id(episode.cluster)]
         entry["prefix_tokens"] = w.prefix_block_tokens
         entry["longest_output"] = w.max_output_tokens
+        entry["least_urgent"] = int(w.priority.max())
+        seen = episode.scenario or scenario
+        entry["scrape_period"], entry["scrape_noise"] = round(seen.scrape_s * PS), seen.noise
+        _write_levers(entry, episode.cluster)
     return bank
+
+
+def _write_levers(entry: np.void, cluster: ClusterSpec) -> None:
+    """When the cluster may migrate and set budgets; a period of 0 is never."""
+    where = f"cluster {cluster.name}"
+    if not 0 <= cluster.budget_period_s <= MOST_S:
+        raise InputError(where, "budget_period_s", cluster.budget_period_s, f"must lie in 0..{MOST_S:g}")
+    entry["budget_period"] = round(cluster.budget_period_s * PS)
+    migration = cluster.migration
+    if migration is None:
+        return
+    for name, low, high in (("period_s", 1e-3, MOST_S), ("last_blocks", 0, 2**31), ("stages", 1, 1000)):
+        if not low <= getattr(migration, name) <= high:
+            hint = f"must lie in {low:g}..{high:g}"
+            raise InputError(where, f"migration.{name}", getattr(migration, name), hint)
+    if not 0 <= migration.slowdown <= 10:
+        raise InputError(where, "migration.slowdown", migration.slowdown, "must lie in 0..10")
+    entry["migrate_period"] = round(migration.period_s * PS)
+    entry["last_blocks"], entry["stages"] = migration.last_blocks, migration.stages
+    entry["slowdown"] = round(migration.slowdown * 1_000_000)
 
 
 def _check_fit(episode: Episode, settings: np.ndarray) -> None:
