@@ -24,9 +24,10 @@ class Policy(Protocol):
 
     @property
     def needs_oracle(self) -> bool:
-        """True for rules that read `obs["oracle"]`, [B, I] seconds of work truly left on each instance.
+        """True for rules that read `obs["oracle"]`, [B, C], what each answer truly costs.
 
-        No deployment knows it; only evaluation asks the environment for it.
+        Seconds of work left on the instance of a dispatch, output tokens to come of a request that may give
+        way or move. No deployment knows it; only evaluation asks the environment for it.
         """
         ...
 
@@ -34,7 +35,7 @@ class Policy(Protocol):
         """Forget everything and prepare for `lanes` parallel clusters."""
 
     def act(self, obs: Observation) -> np.ndarray:
-        """Answer one decision per lane.
+        """Answer one question per lane.
 
         Args:
             obs: arrays of `servegym.envs.cluster.schema` with a leading lane dimension B.

@@ -59,7 +59,7 @@ class EvaluationCallback(BaseCallback):
 def final_tables(policy: NetworkPolicy, scenario: Scenario, seeds: int, num_threads: int) -> list[Table]:
     """The trained policy beside every heuristic on each fleet of its scenario, at its highest load."""
     settings = [Setting(cluster, scenario.loads[1]) for cluster in scenario.clusters]
-    heuristics = [make_heuristic(name) for name in heuristic_names()]
+    heuristics = [make_heuristic(name) for name in heuristic_names(["dispatch"])]
     return compare(
         heuristics, [policy], scenario, settings, seeds=seeds, seed=EVAL_SEED, num_threads=num_threads
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from servegym.agents.heuristics import HEURISTICS, heuristic_names, make_heuristic
+from servegym.agents.heuristics import heuristic_names, make_heuristic, search_space
 from servegym.agents.heuristics.tuning import Parameters, tune
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.schema import schema_hash
@@ -65,7 +65,7 @@ class Command(Setup):
         """Evaluate, print, write."""
         check_folder(self.log_folder)
         scenario = self._scenario()
-        names = self.policies or tuple(heuristic_names())
+        names = self.policies or tuple(heuristic_names(["dispatch"]))
         for name in names:
             make_heuristic(name)
         learned = [load_agent(path) for path in self.trained_agent]
@@ -156,8 +156,7 @@ class Command(Setup):
             row = measure(rule, training, episodes, num_threads=self.num_threads, seed=seed)
             return row.interval("goodput").mean
 
-        tunable = [name for name in names if HEURISTICS[name].search_space]
-        return {name: tune(HEURISTICS[name], goodput, seed) for name in tunable}
+        return {name: tune(name, goodput, seed) for name in names if search_space(name)}
 
     def _write(
         self, tables: list[Table], scenario: Scenario, tuned: Tuned, training: Scenario | None
