@@ -12,7 +12,7 @@ import numpy as np
 
 from servegym.envs.cluster.reference_instance import Instance, Request
 from servegym.envs.cluster.reference_migration import Migration
-from servegym.envs.cluster.state import PS, World
+from servegym.envs.cluster.state import NEVER, PS, World
 from servegym.envs.costs.model import CostTables
 from servegym.envs.costs.reference import ReferenceCosts
 from servegym.envs.records import Records
@@ -142,14 +142,19 @@ class ReferenceCluster:
     # --- migration --------------------------------------------------------------------------------------
 
     def fits(self, i: int, r: Request) -> bool:
-        """Whether instance i holds the prompt with the workload's longest output, or as much as any does."""
-        rooms = [(inst.capacity - inst.watermark) * inst.block_tokens for inst in self.instances]
-        return min(r.prompt + int(self.entry["longest_output"]), max(rooms)) <= rooms[i]
+        """Whether instance i may get r: it does not drain, and holds its prompt and the longest output.
+
+        That is the workload's, but no more than fits the largest of the instances that never drain.
+        """
+        lasting = [inst.room for inst in self.instances if inst.drain == NEVER]
+        tokens = min(r.prompt + int(self.entry["longest_output"]), max(lasting, default=0))
+        inst = self.instances[i]
+        return tokens <= inst.room and self.now < inst.drain
 
     def can_move(self, s: int, d: int, r: Request) -> bool:
         """Whether request r may go from instance s to instance d now."""
         source, target = self.instances[s], self.instances[d]
-        if s == d or self.now >= target.drain or not self.fits(d, r):
+        if s == d or not self.fits(d, r):
             return False
         if r in source.waiting:
             return r.hosted == 0

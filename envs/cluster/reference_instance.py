@@ -127,7 +127,7 @@ class Instance:
         self.begin = 0
         self.until: int | None = None
         self.cap = self.budget  # most prompt tokens of an iteration
-        self.host_free = int(setting["host_blocks"])
+        self.host_blocks = self.host_free = int(setting["host_blocks"])
         self.copying = 0  # time of the swaps that the next iteration waits for
         self.link_until = 0  # end of the last copy on the link that swaps and migrations share
         self.out: Migration | None = None
@@ -140,6 +140,11 @@ class Instance:
     def blocks_of(self, tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.block_tokens)
+
+    @property
+    def room(self) -> int:
+        """Tokens that it can hold when nothing else is there."""
+        return (self.capacity - self.watermark) * self.block_tokens
 
     @property
     def free(self) -> int:
