@@ -30,7 +30,7 @@ def observe(
     obs = {
         "instances": np.zeros((1, count, len(schema.INSTANCE)), np.float32),
         "requests": np.zeros((1, 1, len(schema.REQUEST)), np.float32),
-        "candidates": np.stack([np.zeros(count + 1), np.r_[0, :count]], -1).astype(np.int32)[None],
+        "candidates": np.array([(0, max(k - 1, 0), -1) for k in range(count + 1)], np.int32)[None],
         "edges": np.zeros((1, count + 1, len(schema.EDGE)), np.float32),
         "globals": np.zeros((1, len(schema.GLOBAL)), np.float32),
         "history": np.zeros((1, schema.HISTORY), np.float32),
@@ -43,7 +43,7 @@ def observe(
     _fill(obs["edges"][0, 1:], schema.EDGE, edges or {})
     _fill(obs["globals"][0], schema.GLOBAL, overall or {})
     if oracle is not None:
-        obs["oracle"] = np.array([oracle], np.float64)
+        obs["oracle"] = np.array([[0.0, *oracle]])
     return obs
 
 
