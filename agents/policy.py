@@ -23,8 +23,16 @@ class Policy(Protocol):
         ...
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The decisions that it takes, of `servegym.envs.cluster.decisions.DECISIONS`.
+
+        Whoever plays it leaves the others, and those that a scenario does not have, to built-in rules.
+        """
+        ...
+
+    @property
     def needs_oracle(self) -> bool:
-        """True for rules that read `obs["oracle"]`, [B, I] seconds of work truly left on each instance.
+        """True for rules that read `obs["oracle"]`, float64 [B, C], what each answer truly costs.
 
         No deployment knows it; only evaluation asks the environment for it.
         """

@@ -86,6 +86,7 @@ class Rule:
     """
 
     name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ("dispatch",)
     needs_oracle: ClassVar[bool] = False
     random_ties: ClassVar[bool] = False
     search_space: ClassVar[dict[str, tuple]] = {}

@@ -9,6 +9,7 @@ import torch
 
 from servegym.agents.policy import Observation
 from servegym.agents.ppo.checkpoint import read_network
+from servegym.agents.task import Task
 from servegym.errors import InputError
 from servegym.models.dense import DenseNetwork
 from servegym.models.features import ARRAYS, WIDTH
@@ -20,13 +21,19 @@ class NetworkPolicy:
     Args:
         network: what scores.
         name: for tables.
+        task: what it was trained for.
+
+    Attributes:
+        kinds, rules: the decisions that it takes, and the built-in rules that it was trained beside.
     """
 
     needs_oracle = False
 
-    def __init__(self, network: DenseNetwork, name: str = "network") -> None:
+    def __init__(self, network: DenseNetwork, name: str = "network", task: Task | None = None) -> None:
         self.network = network.eval()
         self.name = name
+        self.task = task or Task()
+        self.kinds, self.rules = self.task.decisions, self.task.rules
 
     def reset(self, lanes: int, seed: int) -> None:
         """Nothing to forget: the network has no memory and draws no random numbers.
@@ -69,5 +76,5 @@ def load_policy(folder: str | Path) -> NetworkPolicy:
     Raises:
         InputError: for a checkpoint that is missing, damaged, or of another observation contract.
     """
-    network, _ = read_network(folder)
-    return NetworkPolicy(network, Path(folder).resolve().name)
+    network, info = read_network(folder)
+    return NetworkPolicy(network, Path(folder).resolve().name, info.task)

@@ -61,7 +61,7 @@ def _migrate(world: World, frame: Frame, lane: int, action: int) -> str:
         return f"instance {destination} is draining"
     for i in (source, destination):
         instance = world.instance[lane, i]
-        if instance["paired"] == state["next_migrate"]:
+        if instance["paired"] == state["now"]:
             return f"instance {i} is already part of a pair of this tick"
         if instance[["out", "inbound", "joiner"]].item() != (NONE, NONE, NONE):
             return f"instance {i} is already part of a migration"

@@ -34,6 +34,8 @@ class Rules(NamedTuple):
     same_step: bool
     in_order: bool
     group_size: int
+    plays: np.ndarray
+    params: np.ndarray
 
 
 class Transition(NamedTuple):
