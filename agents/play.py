@@ -8,12 +8,20 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from servegym.agents.policy import Policy
+from servegym.agents.task import Task
 from servegym.envs.cluster.decisions import allowed_decisions, kinds_of
 from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.records import Records
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """A policy that was trained beside built-in rules for the questions that it does not answer."""
+
+    task: Task
 
 
 @runtime_checkable
@@ -36,8 +44,8 @@ def play(
 ) -> list[Records]:
     """Play each episode to its end, all at once, each in a lane of its own.
 
-    Questions that the policy does not answer are answered by its `rules`, where it has such, else by the
-    stock system's.
+    Questions that the policy does not answer are answered by the rules that it was trained beside, else by
+    the stock system's.
 
     Args:
         policy: one policy, asked for all lanes together.
@@ -80,12 +88,15 @@ def environment_of(
         InputError: where the episodes have no lever that the policy pulls.
     """
     allowed = allowed_decisions(e.cluster for e in episodes)
-    decisions = [kind for kind in policy.kinds if kind in allowed]
+    # Something has to be asked of a policy that answers nothing; it answers 0.
+    kinds = set(policy.kinds or ("dispatch",))
+    decisions = [name for name in allowed if kinds & set(kinds_of((name,)))]
     if not decisions:
         hint = f"scenario {scenario.name} has {', '.join(allowed)} only"
         raise InputError(policy.name, "decisions", ", ".join(policy.kinds), hint)
     others = set(kinds_of(allowed)) - set(kinds_of(decisions))
-    rules = {kind: rule for kind, rule in getattr(policy, "rules", {}).items() if kind in others}
+    trained_beside = policy.task.rules if isinstance(policy, Trained) else {}
+    rules = {kind: rule for kind, rule in trained_beside.items() if kind in others}
     return ClusterVectorEnv(
         len(episodes),
         scenario,

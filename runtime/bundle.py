@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from servegym.agents.policy import Observation
 from servegym.agents.task import Task, read_task
+from servegym.envs.cluster.decisions import kinds_of
 from servegym.envs.cluster.schema import schema_hash
 from servegym.errors import InputError
 
@@ -45,7 +46,7 @@ class BundlePolicy:
         name: the policy's name in tables.
         manifest: what manifest.json says.
         task: what it was trained for.
-        kinds, rules: the decisions that it takes, and the built-in rules that it was trained beside.
+        kinds: the questions that it answers.
     """
 
     needs_oracle = False
@@ -54,7 +55,7 @@ class BundlePolicy:
         self.name = str(manifest["policy"])
         self.manifest = manifest
         self.task = task
-        self.kinds, self.rules = self.task.decisions, self.task.rules
+        self.kinds = kinds_of(task.decisions)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3

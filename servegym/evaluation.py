@@ -10,7 +10,8 @@ import numpy as np
 from servegym.agents.play import play
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.capacity import saturation_rps
-from servegym.envs.cluster.episode import Episode, make_episodes, sample_workload
+from servegym.envs.cluster.decisions import allowed_decisions
+from servegym.envs.cluster.episode import Episode, fleets_of, make_episodes, sample_workload
 from servegym.envs.cluster.spec import parse_cluster
 from servegym.envs.metrics import METRICS, Interval, class_slos, interval, paired_difference, summarize
 from servegym.envs.scenario import Scenario
@@ -82,6 +83,15 @@ def episodes_of(scenario: Scenario, setting: Setting, seeds: int, seed: int) -> 
     """The episodes that every policy plays in a setting: common random numbers, disjoint parts of a trace."""
     fixed = replace(scenario, clusters=(setting.cluster,), loads=(setting.load, setting.load))
     return make_episodes(fixed, seeds, seed, disjoint=True)
+
+
+def decisions_of(scenario: Scenario) -> tuple[str, ...]:
+    """The decisions that a scenario's levers allow.
+
+    Raises:
+        InputError: for a fleet that cannot be read.
+    """
+    return allowed_decisions(fleets_of(scenario))
 
 
 def load_of(scenario: Scenario, cluster: str, rate_rps: float) -> float:

@@ -34,6 +34,6 @@ def load_agent(path: str, env: str | None = None) -> NetworkPolicy | BundlePolic
         hint = "there is no checkpoint (config.json) or bundle (manifest.json)"
         raise InputError(folder, "trained_agent", path, hint)
     if env is not None and agent.task.env != env:
-        hint = f"it takes {', '.join(agent.kinds)}; leave --env out, or choose another agent"
+        hint = f"it takes {', '.join(agent.task.decisions)}; leave --env out, or choose another agent"
         raise InputError(folder, "env", agent.task.env, hint)
     return agent

@@ -16,7 +16,7 @@ from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.metrics import Interval
 from servegym.envs.scenario import Scenario
-from servegym.evaluation import Row, Setting, Table, compare, measure
+from servegym.evaluation import Row, Setting, Table, compare, decisions_of, measure
 
 if TYPE_CHECKING:
     from servegym.agents.ppo import PPO
@@ -81,7 +81,8 @@ def final_tables(
     for scenario in scenarios:
         loads = np.unique(np.linspace(*scenario.loads, LOADS)).tolist()
         settings = [Setting(cluster, load) for cluster in scenario.clusters for load in loads]
-        heuristics = [make_heuristic(name) for name in names or heuristic_names()]
+        chosen = names or heuristic_names(decisions_of(scenario))
+        heuristics = [make_heuristic(name) for name in chosen]
         tables += compare(
             heuristics, [policy], scenario, settings, seeds=seeds, seed=EVAL_SEED, num_threads=num_threads
         )

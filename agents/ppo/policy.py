@@ -10,6 +10,7 @@ import torch
 from servegym.agents.policy import Observation
 from servegym.agents.ppo.checkpoint import read_network
 from servegym.agents.task import Task
+from servegym.envs.cluster.decisions import kinds_of
 from servegym.errors import InputError
 from servegym.models.dense import DenseNetwork
 from servegym.models.features import ARRAYS, WIDTH
@@ -24,7 +25,7 @@ class NetworkPolicy:
         task: what it was trained for.
 
     Attributes:
-        kinds, rules: the decisions that it takes, and the built-in rules that it was trained beside.
+        kinds: the questions that it answers.
     """
 
     needs_oracle = False
@@ -33,7 +34,7 @@ class NetworkPolicy:
         self.network = network.eval()
         self.name = name
         self.task = task or Task()
-        self.kinds, self.rules = self.task.decisions, self.task.rules
+        self.kinds = kinds_of(self.task.decisions)
 
     def reset(self, lanes: int, seed: int) -> None:
         """Nothing to forget: the network has no memory and draws no random numbers.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from servegym.agents.heuristics import HEURISTICS, heuristic_names, make_heuristic
+from servegym.agents.heuristics import heuristic_names, make_heuristic, search_space
 from servegym.agents.heuristics.tuning import Parameters, tune
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.decisions import ENVIRONMENTS
@@ -20,7 +20,16 @@ from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.scenario import Scenario, load_scenario
 from servegym.envs.workloads import DEFAULT_WORKLOAD
 from servegym.errors import InputError
-from servegym.evaluation import Setting, Table, as_json, compare, episodes_of, load_of, measure
+from servegym.evaluation import (
+    Setting,
+    Table,
+    as_json,
+    compare,
+    decisions_of,
+    episodes_of,
+    load_of,
+    measure,
+)
 from servegym.files import check_folder, command_line, console, git_revision, trace_hashes, write_json
 from servegym.flags import DEFAULT_SCENARIO, Setup, check_environment, check_seed
 from servegym.loading import load_agent
@@ -66,7 +75,7 @@ class Command(Setup):
     env: str | None = None
     """Refuse agents that are not for this environment; each knows its own."""
     policies: tuple[str, ...] = ()
-    """Heuristics to compare with (see `servegym heuristics`); all by default."""
+    """Heuristics to compare with (see `servegym heuristics`); by default all that the scenario has a use for."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
     """Offered loads as fractions of the fleet's saturation throughput on the workload."""
     rates: tuple[float, ...] = ()
@@ -98,7 +107,7 @@ class Command(Setup):
         ]
         results = []
         for scenario, settings, training in prepared:
-            names = self.policies or tuple(heuristic_names())
+            names = self.policies or heuristic_names(decisions_of(scenario))
             tables, tuned = self._play(names, learned, scenario, settings, training)
             results.append(Result(scenario, tables, tuned, training))
             _show(results[-1])
@@ -182,8 +191,7 @@ class Command(Setup):
             row = measure(rule, training, episodes, num_threads=self.num_threads, seed=seed)
             return row.interval("goodput").mean
 
-        tunable = [name for name in names if HEURISTICS[name].search_space]
-        return {name: tune(HEURISTICS[name], goodput, seed) for name in tunable}
+        return {name: tune(name, goodput, seed) for name in names if search_space(name)}
 
     def _write(self, results: list[Result]) -> None:
         folder = Path(self.log_folder)

@@ -95,7 +95,7 @@ class _Recorder:
 
     def __init__(self, policy: NetworkPolicy) -> None:
         self.name, self.seen = policy.name, list[dict[str, np.ndarray]]()
-        self.kinds, self.rules = policy.kinds, policy.rules
+        self.kinds, self.task = policy.kinds, policy.task
         self._policy, self._moment, self._asked = policy, 0, set[int]()
 
     def reset(self, lanes: int, seed: int) -> None:
