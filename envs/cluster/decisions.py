@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from servegym.envs.cluster.rules import RULES
-from servegym.envs.cluster.schema import KINDS, OFFERS
+from servegym.envs.cluster.schema import OFFERS
 from servegym.envs.cluster.spec import ClusterSpec
 from servegym.errors import InputError
 
@@ -106,11 +104,3 @@ def check_rules(
             raise InputError(where, f"rules.{kind}", name, _MISSING[lever])
         chosen[kind] = name
     return chosen
-
-
-def rule_arrays(rules: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """`plays` and `params` of `servegym.envs.cluster.steps.Rules`; kinds without a rule are the agent's."""
-    plays = np.zeros(len(KINDS), np.int64)
-    for kind, name in rules.items():
-        plays[KINDS.index(kind)] = RULES[kind].index(name)
-    return plays, np.zeros((len(KINDS), 4))

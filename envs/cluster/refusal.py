@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.envs.cluster.observe import Frame
+from servegym.envs.cluster.offers import DESTINATIONS, next_destination, offer_sources
 from servegym.envs.cluster.schema import KINDS
 from servegym.envs.cluster.state import NONE, World
 
@@ -51,21 +52,43 @@ def _preempt(world: World, frame: Frame, lane: int, action: int) -> str:
 
 
 def _migrate(world: World, frame: Frame, lane: int, action: int) -> str:
-    _, destination, source = (int(x) for x in frame.candidates[lane, action])
-    state = world.lane[lane]
-    if source == NONE:
-        return "this answer names no pair"
+    a, b = divmod(action - 1, DESTINATIONS)
+    sources = [int(world.req[lane, r]["instance"]) for r in world.offer[lane, : offer_sources(world, lane)]]
+    if a >= len(sources):
+        return f"{len(sources)} sources are offered, and this answer names none of them"
+    destinations = _destinations(world, lane)
+    if b >= len(destinations):
+        instances = range(world.lane[lane]["instances"])
+        excluded = [_unavailable(world, lane, i) for i in instances if i not in destinations]
+        return "; ".join([f"{len(destinations)} destinations are offered", *filter(None, excluded)])
+    source, destination = sources[a], destinations[b]
     if source == destination:
         return f"a request cannot move to its own instance ({source})"
-    if world.setting[state["fleet"], destination]["drain"] <= state["now"]:
-        return f"instance {destination} is draining"
-    for i in (source, destination):
-        instance = world.instance[lane, i]
-        if instance["paired"] == state["next_migrate"]:
-            return f"instance {i} is already part of a pair of this tick"
-        if instance[["out", "inbound", "joiner"]].item() != (NONE, NONE, NONE):
-            return f"instance {i} is already part of a migration"
-    return f"no request of instance {source} can move to instance {destination}: memory or a place is lacking"
+    engaged = filter(None, (_unavailable(world, lane, i) for i in (source, destination)))
+    lacking = f"instance {destination} lacks memory or a place for any request of instance {source}"
+    return next(engaged, lacking)
+
+
+def _destinations(world: World, lane: int) -> list[int]:
+    """The instances that a migration may go to, in the order of the answers."""
+    found: list[int] = []
+    d = next_destination(world, lane, NONE)
+    while d != NONE and len(found) < DESTINATIONS:
+        found.append(int(d))
+        d = next_destination(world, lane, d)
+    return found
+
+
+def _unavailable(world: World, lane: int, i: int) -> str | None:
+    """What keeps an instance from taking part in a migration."""
+    state, instance = world.lane[lane], world.instance[lane, i]
+    if world.setting[state["fleet"], i]["drain"] <= state["now"]:
+        return f"instance {i} is draining"
+    if instance["paired"] == state["now"]:
+        return f"instance {i} is already part of a pair of this tick"
+    if any(instance[name] != NONE for name in ("out", "inbound", "joiner")):
+        return f"instance {i} is already part of a migration"
+    return None
 
 
 def _move(world: World, frame: Frame, lane: int, action: int) -> str:
@@ -76,8 +99,7 @@ def _move(world: World, frame: Frame, lane: int, action: int) -> str:
 
 
 def _budget(world: World, frame: Frame, lane: int, action: int) -> str:
-    legal = np.flatnonzero(frame.mask[lane])
-    return f"a budget has answers {legal[0]}..{legal[-1]}"
+    return f"a budget has answers 0..{np.flatnonzero(frame.mask[lane])[-1]}"
 
 
 def _rows(frame: Frame, lane: int, first: int, step: int) -> int:

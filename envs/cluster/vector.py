@@ -17,11 +17,11 @@ from servegym.envs.cluster.decisions import (
     check_decisions,
     check_rules,
     request_rows,
-    rule_arrays,
 )
 from servegym.envs.cluster.episode import Episode, mix_episodes
 from servegym.envs.cluster.observe import Frame, make_frame
 from servegym.envs.cluster.refusal import reason
+from servegym.envs.cluster.rules import plays
 from servegym.envs.cluster.schema import most_candidates
 from servegym.envs.cluster.simulate import records_of
 from servegym.envs.cluster.spaces import observation_space
@@ -137,14 +137,14 @@ class ClusterVectorEnv(VectorEnv):
         self._final = make_frame(num_envs, *size, oracle=oracle)
         self._finished = make_finished(self._world)
         self._out = make_transition(num_envs)
-        plays, params = rule_arrays(self.rules)
+        chosen, params = plays(self.rules)
         self._rules = Rules(
             reward=REWARDS.index(first.reward),
             max_steps=int(NEVER) if max_episode_steps is None else max_episode_steps,
             same_step=self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP,
             in_order=episodes is not None,
             group_size=group_size,
-            plays=plays,
+            plays=chosen,
             params=params,
         )
         bounds = np.linspace(0, num_envs, min(num_threads, num_envs) + 1).astype(int).tolist()
