@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a policy with PPO, or go on where a run stopped",
     "evaluate": "play policies and heuristics on the same requests; table, JSON and plots",
     "export": "turn a checkpoint into a bundle that needs no torch",
+    "timeline": "play an episode and write it as a trace for ui.perfetto.dev",
     "data": "list the workloads, or look into one",
     "profile": "list, show or build cost profiles",
     "scenarios": "list the scenarios",

@@ -10,8 +10,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from servegym.envs.cluster.episode import Episode
-from servegym.envs.cluster.schema import KINDS
+from servegym.envs.cluster.moment import Moment, moment_of, words
 from servegym.envs.cluster.vector import ClusterVectorEnv, Scenarios
+from servegym.envs.cluster.viewer import picture, text
 from servegym.envs.records import Records
 from servegym.errors import InputError
 
@@ -95,7 +96,7 @@ class ClusterEnv(gymnasium.Env):
     * `rules`: kind -> built-in rule, for the kinds that the agent does not take.
     * `episodes`: what to play, the first one first; None draws 64 from each scenario, always the same.
     * `oracle`: add `oracle` to the observation.
-    * `render_mode`: None, or `ansi` for a table of the instances.
+    * `render_mode`: None, `ansi` for text, or `rgb_array` for a picture (`servegym.envs.cluster.viewer`).
 
     ## Vectorized environment
     `gymnasium.make_vec("ServeGym/Cluster-v0", num_envs=B)` makes a `ClusterVectorEnv`, whose lane l equals
@@ -105,7 +106,7 @@ class ClusterEnv(gymnasium.Env):
     * v0: initial version
     """
 
-    metadata = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012 (Gymnasium's name and type)
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012 (Gymnasium's name and type)
 
     def __init__(
         self,
@@ -117,8 +118,8 @@ class ClusterEnv(gymnasium.Env):
         oracle: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        if render_mode not in (None, "ansi"):
-            raise InputError("environment", "render_mode", render_mode, "choose None or ansi")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise InputError("environment", "render_mode", render_mode, "choose None, ansi or rgb_array")
         self.render_mode = render_mode
         self._lane = ClusterVectorEnv(
             1,
@@ -135,6 +136,7 @@ class ClusterEnv(gymnasium.Env):
         self.decisions, self.rules = self._lane.decisions, self._lane.rules
         self.beta = self._lane.beta
         self._observation: dict[str, Any] = {}
+        self._answered = ""
         self._ended = True
 
     def reset(
@@ -143,7 +145,7 @@ class ClusterEnv(gymnasium.Env):
         """Start an episode; see "Starting State"."""
         super().reset(seed=seed)
         observation, info = self._lane.reset(seed=seed)
-        self._ended = False
+        self._ended, self._answered = False, ""
         return self._row(observation), {"now_s": float(info["now_s"][0])}
 
     def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -154,7 +156,11 @@ class ClusterEnv(gymnasium.Env):
         """
         if self._ended:
             raise InputError("step", "environment", "ended", "call reset first")
+        asked = self.moment().asked if self.render_mode else ()
+        before = self._observation
         observation, reward, terminated, truncated, info = self._lane.step(np.array([action]))
+        if self.render_mode:
+            self._answered = words(before, action, asked)
         self._ended = bool(terminated[0])
         own = {name: float(info[name][0]) for name in ("elapsed_s", "now_s")}
         return self._row(observation), float(reward[0]), self._ended, bool(truncated[0]), own
@@ -171,23 +177,22 @@ class ClusterEnv(gymnasium.Env):
         """
         return self._lane.records(0)
 
-    def render(self) -> str | None:
-        """The question, a line for each of its requests and each instance, with `render_mode="ansi"`."""
+    def moment(self) -> Moment:
+        """What the cluster truly holds at the question; for people and their tools, not for agents.
+
+        Raises:
+            InputError: before the first reset.
+        """
+        if not self._observation:
+            raise InputError("moment", "environment", "not started", "call reset first")
+        return moment_of(self._lane._world, 0)
+
+    def render(self) -> str | np.ndarray | None:  # type: ignore[override]
+        """Text or a picture of the question and the cluster, by the render mode; see `viewer`."""
         if self.render_mode is None or not self._observation:
             return None
-        legal = self._observation["mask"] == 1
-        asked = np.unique(self._observation["candidates"][legal, 0])
-        lines = [f"{KINDS[self._observation['kind']]}: {legal.sum()} legal answers"]
-        lines += [
-            f"request {r}: {prompt:.0f} prompt tokens, about {predicted:.0f} of output"
-            for r, (prompt, predicted) in zip(asked, self._observation["requests"][asked, :2], strict=True)
-        ]
-        rows = self._observation["instances"][self._observation["instance_mask"] == 1]
-        lines += [
-            f"instance {i}: {row[5]:.0f} in flight, {row[1]:.0f} waiting, KV {row[2]:.0%}"
-            for i, row in enumerate(rows)
-        ]
-        return "\n".join(lines) + "\n"
+        draw = text if self.render_mode == "ansi" else picture
+        return draw(self._observation, self.moment(), self._answered)
 
     def close(self) -> None:
         """Nothing to free but the lane."""

@@ -101,6 +101,8 @@ INSTANCE = _record(
     # that joins: its KV tokens and blocks; time of the last pair.
     out_to="i8", out_phase="i8", out_stage="i8", out_copied="i8", out_reserved="i8", out_until="i8",
     joiner_kv="i8", joiner_blocks="i8", paired="i8",
+    # Freeness at the migration tick (Llumnix).
+    freeness="f8",
 )  # fmt: skip
 REQ = _record(
     next="i4", instance="i4", done="i4", units="i4", preemptions="i4", cached="i4", booked="i4",

@@ -13,7 +13,6 @@ import numpy as np
 from servegym.envs.cluster import engine
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.lane import AGENT, advance, close_tick, dispatch, move, restart, take_pair
-from servegym.envs.cluster.migration import default_mover
 from servegym.envs.cluster.observe import PREFILL_CAP, SWAP, copy_frame, observe_end, start_frame
 from servegym.envs.cluster.offers import has_pair, offer_movers
 from servegym.envs.cluster.preemption import default_victim, preempt
@@ -95,7 +94,7 @@ def apply(world, frame, l, choice):
         else:
             close_tick(world, l)
     elif kind == MOVE:
-        move(world, l, world.offer[l, row] if choice else default_mover(world, l, lane.asker))
+        move(world, l, world.offer[l, row])
     elif kind == PREEMPT:
         i = lane.asker
         r, by_swap = default_victim(world, l, i), world.setting[lane.fleet, i].by_swap
@@ -126,7 +125,7 @@ def run_to_question(world, frame, l, rules):
             close_tick(world, l)
             continue
         if kind == MOVE and offer_movers(world, l, lane.asker, lane.target) < 2:
-            move(world, l, default_mover(world, l, lane.asker))
+            move(world, l, world.offer[l, 0])
             continue
         observe(world, frame, l)
         rule = rules.plays[kind]

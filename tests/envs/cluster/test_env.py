@@ -132,12 +132,13 @@ def test_default_answer_is_least_request(episodes):
 
 def test_renders_text(episodes):
     env = DispatchEnv(SMALL, episodes=episodes, render_mode="ansi")
+    assert env.render() is None
     obs, _ = env.reset(seed=0)
     text = env.render()
-    assert f"{obs['requests'][0, 0]:.0f} prompt tokens" in text and text.count("instance ") == 3
+    assert f"{obs['requests'][0, 0]:.0f} prompt tokens" in text and text.count("\ninstance ") == 3
+    env.step(2)
+    assert "last answer: request 0 to instance 1\n" in env.render()
     assert DispatchEnv(SMALL, episodes=episodes).render() is None
-    with pytest.raises(InputError, match="choose None or ansi"):
-        DispatchEnv(SMALL, episodes=episodes, render_mode="human")
 
 
 def test_observations_are_the_callers(episodes):
