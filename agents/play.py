@@ -25,13 +25,11 @@ class Trained(Protocol):
 
 
 @runtime_checkable
-class Player(Protocol):
-    """A policy that plays by itself, because observations are not enough for it: search needs the lanes."""
+class Watcher(Protocol):
+    """A policy to which observations are not enough: search branches the lanes themselves."""
 
-    def play(
-        self, scenario: Scenario, episodes: Sequence[Episode], num_threads: int, seed: int
-    ) -> list[Records]:
-        """As `play`, of this policy."""
+    def watch(self, env: ClusterVectorEnv) -> None:
+        """Get hold of the lanes; called before the environment's reset."""
         ...
 
 
@@ -63,10 +61,10 @@ def play(
             that are not legal.
     """
     first = seed if isinstance(seed, int) else int(seed[0])
-    if isinstance(policy, Player):
-        return policy.play(scenario, episodes, num_threads, first)
     env = environment_of(policy, scenario, episodes, num_threads)
     policy.reset(len(episodes), first)
+    if isinstance(policy, Watcher):
+        policy.watch(env)
     obs, _ = env.reset(seed=seed)
     records: list[Records | None] = [None] * len(episodes)
     while any(r is None for r in records):

@@ -80,6 +80,13 @@ def _check_observation(env: VectorEnv, obs: dict[str, np.ndarray], where: str) -
         assert space.contains(array), f"{where}: {name} lies outside its space"
     illegal = np.flatnonzero(obs["mask"][:, 0] != 1)
     assert len(illegal) == 0, f"{where}: candidate 0 of lane {illegal[0]} is not legal"
+    lanes, answers = np.nonzero(obs["mask"])
+    for column in (1, 2):
+        named = obs["candidates"][lanes, answers, column]
+        missing = (named >= 0) & (obs["instance_mask"][lanes, named] == 0)
+        assert not missing.any(), (
+            f"{where}: lane {lanes[missing.argmax()]} offers an instance that is not there"
+        )
 
 
 def _check_step(env: VectorEnv, step: Step, where: str) -> None:
