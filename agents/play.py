@@ -61,7 +61,17 @@ def play(
             that are not legal.
     """
     first = seed if isinstance(seed, int) else int(seed[0])
-    env = environment_of(policy, scenario, episodes, num_threads)
+    decisions, rules = roles(policy, scenario, episodes)
+    env = ClusterVectorEnv(
+        len(episodes),
+        scenario,
+        decisions=decisions,
+        rules=rules,
+        episodes=episodes,
+        num_threads=num_threads,
+        copy=False,
+        oracle=policy.needs_oracle,
+    )
     policy.reset(len(episodes), first)
     if isinstance(policy, Watcher):
         policy.watch(env)
@@ -77,10 +87,10 @@ def play(
     return [r for r in records if r is not None]
 
 
-def environment_of(
-    policy: Policy, scenario: Scenario, episodes: Sequence[Episode], num_threads: int
-) -> ClusterVectorEnv:
-    """Lanes that ask a policy what it answers, one for each episode.
+def roles(
+    policy: Policy, scenario: Scenario, episodes: Sequence[Episode]
+) -> tuple[list[str], dict[str, str]]:
+    """What a policy takes of the decisions that can come up, and the built-in rules for the rest.
 
     Raises:
         InputError: where the episodes have no lever that the policy pulls.
@@ -94,14 +104,4 @@ def environment_of(
         raise InputError(policy.name, "decisions", ", ".join(policy.kinds), hint)
     others = set(kinds_of(allowed)) - set(kinds_of(decisions))
     trained_beside = policy.task.rules if isinstance(policy, Trained) else {}
-    rules = {kind: rule for kind, rule in trained_beside.items() if kind in others}
-    return ClusterVectorEnv(
-        len(episodes),
-        scenario,
-        decisions=decisions,
-        rules=rules,
-        episodes=episodes,
-        num_threads=num_threads,
-        copy=False,
-        oracle=policy.needs_oracle,
-    )
+    return decisions, {kind: rule for kind, rule in trained_beside.items() if kind in others}
