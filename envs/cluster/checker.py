@@ -52,6 +52,7 @@ def _play(env: VectorEnv, mode: AutoresetMode, seed: int, max_steps: int) -> lis
         _check_step(env, step, f"step {len(steps)}")
         obs, reward, terminated, truncated, info = step
         done = terminated | truncated
+        step = (*step[:4], _of_ended(info, done))
         if mode == AutoresetMode.SAME_STEP:
             _check_final(env, info, done, f"step {len(steps)}")
         else:
@@ -116,6 +117,16 @@ def _check_final(env: VectorEnv, info: dict[str, Any], done: np.ndarray, where: 
         for lane in np.flatnonzero(done):
             final = info["final_obs"][name][lane]
             assert space.contains(final), f"{where}: final_obs {name} of lane {lane} lies outside its space"
+
+
+def _of_ended(info: dict[str, Any], done: np.ndarray) -> dict[str, Any]:
+    """An info whose finals are cut to the lanes that ended; of the others they may hold anything."""
+    finals = {
+        name: {key: array[done] for key, array in info[name].items()}
+        for name in ("final_obs", "final_info")
+        if name in info
+    }
+    return info | finals
 
 
 def _check_equal(a: Any, b: Any, where: str) -> None:
