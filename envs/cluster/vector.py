@@ -125,7 +125,7 @@ class ClusterVectorEnv(VectorEnv):
         self._take(bank, decisions, rules)
         fleets = [parse_cluster(text) for s in self.scenarios for text in s.clusters]
         self.num_instances = max(*map(len, fleets), *(len(e.cluster) for e in bank))
-        size = (self.num_instances, request_rows(self.decisions))
+        size = (self.num_instances, request_rows(self.decisions, self.rules))
         self.single_observation_space = observation_space(*size, oracle=oracle)
         self._names = tuple(self.single_observation_space.spaces)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
