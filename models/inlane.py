@@ -13,11 +13,26 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster import schema
-from servegym.envs.cluster.kernel import inlined, kernel
+from servegym.envs.cluster.kernel import decorators
+from servegym.models import simd
 from servegym.models.features import COUNT, ILLEGAL, IS_LOG, IS_TOTAL, SCALE, WIDTH
-from servegym.models.matmul import ROWS, add_product
-from servegym.models.matmul import WIDTH as COLUMNS
+from servegym.models.simd import (
+    ROWS,
+    add,
+    add_product,
+    load,
+    maximum,
+    multiply,
+    multiply_add,
+    relu,
+    spread,
+    store,
+    total,
+    zeros,
+)
+from servegym.models.simd import WIDTH as COLUMNS
 
+_, inlined = decorators(simd.__file__)
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _INSTANCE, _REQUEST, _EDGE = WIDTH["instances"], WIDTH["requests"], WIDTH["edges"]
 _GLOBALS, _CONTEXT = WIDTH["globals"], WIDTH["globals"] + WIDTH["history"]
@@ -258,27 +273,35 @@ def _scale_context(s, totals, history):
 
 
 @inlined
-def _relu(number):
-    """max(number, 0), but what is no number stays none."""
-    return _ZERO if number < _ZERO else number
-
-
-@inlined
 def _fill(rows, n, start):
     """Let each of the first n rows be `start`."""
     for row in range(n):
-        target = rows[row]
-        for j in range(len(start)):
-            target[j] = start[j]
+        for j in range(0, len(start), COLUMNS):
+            store(rows[row], j, load(start, j))
 
 
 @inlined
-def _add_and_cut(rows, n, more):
+def _clear(rows, n):
+    """Let the first n rows be 0."""
+    for row in range(n):
+        for j in range(0, rows.shape[1], COLUMNS):
+            store(rows[row], j, zeros())
+
+
+@inlined
+def _cut(rows, n, more):
     """rows[:n] = relu(rows[:n] + more)."""
     for row in range(n):
-        target = rows[row]
-        for j in range(len(more)):
-            target[j] = _relu(target[j] + more[j])
+        for j in range(0, len(more), COLUMNS):
+            store(rows[row], j, relu(add(load(rows[row], j), load(more, j))))
+
+
+@inlined
+def _multiply(rows, n, shares):
+    """Multiply each of the first n rows by its share."""
+    for row in range(n):
+        for j in range(0, rows.shape[1], COLUMNS):
+            store(rows[row], j, multiply(spread(shares[row]), load(rows[row], j)))
 
 
 @inlined
@@ -316,25 +339,20 @@ def _invert(shares):
 
 
 @inlined
-def _pool(s, n):
-    """Cut x to the real instances, and pool it into s.pooled behind g."""
-    p = s.x.shape[1]
-    pooled = s.pooled[0]
-    total, most = pooled[p : 2 * p], pooled[2 * p :]
-    total[:] = _ZERO
-    most[:] = _ZERO
-    count = _ZERO
+def _pool(s, n, more):
+    """x = relu(x + more) in the rows of real instances and 0 in others; pool it into s.pooled behind g."""
+    p, count = s.x.shape[1], _ZERO
     for i in range(n):
-        row, real = s.x[i], s.real[i]
-        count += real
-        for j in range(p):
-            number = _relu(row[j]) * real
-            row[j] = number
-            total[j] += number
-            most[j] = number if number > most[j] else most[j]
-    share = _ONE / max(count, _ONE)
-    for j in range(p):
-        total[j] *= share
+        count += s.real[i]
+    share = spread(_ONE / max(count, _ONE))
+    for j in range(0, p, COLUMNS):
+        mean, most = zeros(), zeros()
+        for i in range(n):
+            row = multiply(spread(s.real[i]), relu(add(load(s.x[i], j), load(more, j))))
+            store(s.x[i], j, row)
+            mean, most = add(mean, row), maximum(row, most)
+        store(s.pooled[0], p + j, multiply(share, mean))
+        store(s.pooled[0], 2 * p + j, most)
 
 
 @inlined
@@ -344,21 +362,16 @@ def _embed(net, s, frame, l, instances, requests, candidates):
     _scale(frame.requests[l].reshape(-1), s.request_factor, s.request_log, s.requests.reshape(-1))
     _scale(frame.edges[l].reshape(-1), s.edge_factor, s.edge_log, s.edges.reshape(-1))
     _scale_context(s, frame.globals[l], frame.history[l])
-    _fill(s.x, instances, net.instance_bias)
+    _clear(s.x, instances)
     add_product(s.x, s.instances, instances, net.instance_in, _INSTANCE)
-    _pool(s, instances)
-    _fill(s.q, requests, net.request_bias)
+    _pool(s, instances, net.instance_bias)
+    _clear(s.q, requests)
     add_product(s.q, s.requests, requests, net.request_in, _REQUEST)
-    for r in range(requests):
-        row = s.q[r]
-        for j in range(len(row)):
-            row[j] = _relu(row[j])
-    hidden = s.hidden[0]
-    for j in range(len(hidden)):
-        hidden[j] = net.context_bias[frame.kind[l], j]
+    _cut(s.q, requests, net.request_bias)
+    _clear(s.hidden, 1)
     add_product(s.hidden, s.context, 1, net.context_in, net.context_in.shape[0])
-    for j in range(len(hidden)):
-        s.pooled[0, j] = _relu(hidden[j])
+    for j in range(0, s.x.shape[1], COLUMNS):
+        store(s.pooled[0], j, relu(add(load(s.hidden[0], j), load(net.context_bias[frame.kind[l]], j))))
     _fill(s.from_edge, candidates, net.edge_bias)
     add_product(s.from_edge, s.edges, candidates, net.edge_in, _EDGE)
 
@@ -366,10 +379,10 @@ def _embed(net, s, frame, l, instances, requests, candidates):
 @inlined
 def _send(net, s, block, instances, requests):
     """What instances and requests add to the messages of a block, or to the scores of the head."""
-    s.from_instance[:] = _ZERO
-    s.from_request[:] = _ZERO
     p = s.x.shape[1]
+    _clear(s.from_instance, instances)
     add_product(s.from_instance, s.x, instances, net.message_instance[block], p)
+    _clear(s.from_request, requests)
     add_product(s.from_request, s.q, requests, net.message_request[block], p)
 
 
@@ -377,28 +390,19 @@ def _send(net, s, block, instances, requests):
 def _exchange(s, block, candidates, instances, requests, legal):
     """Mean messages of the legal candidates, to their instances and to their requests."""
     p = s.x.shape[1]
-    s.to_instance[:] = _ZERO
-    s.to_request[:] = _ZERO
+    _clear(s.to_instance, instances)
+    _clear(s.to_request, requests)
     for k in range(legal):
         c = s.legal[k]
         r, i = candidates[c, 0], candidates[c, 1]
-        from_edge = s.from_edge[c, block * p : block * p + p]
-        from_instance, from_request = s.from_instance[i], s.from_request[r]
         to_instance, to_request = s.to_instance[i], s.to_request[r]
-        for j in range(p):
-            message = _relu(from_edge[j] + from_instance[j] + from_request[j])
-            to_instance[j] += message
-            to_request[j] += message
+        for j in range(0, p, COLUMNS):
+            sent = add(load(s.from_instance[i], j), load(s.from_request[r], j))
+            message = relu(add(sent, load(s.from_edge[c], block * p + j)))
+            store(to_instance, j, add(message, load(to_instance, j)))
+            store(to_request, j, add(message, load(to_request, j)))
     _multiply(s.to_instance, instances, s.instance_share)
     _multiply(s.to_request, requests, s.request_share)
-
-
-@inlined
-def _multiply(rows, n, shares):
-    for row in range(n):
-        target = rows[row]
-        for j in range(len(target)):
-            target[j] *= shares[row]
 
 
 @inlined
@@ -407,59 +411,65 @@ def _block(net, s, block, candidates, instances, requests, legal):
     p = s.x.shape[1]
     _send(net, s, block, instances, requests)
     _exchange(s, block, candidates, instances, requests, legal)
-    g = s.pooled[0, :p]
     _fill(s.hidden, 1, net.pool_bias[block])
     add_product(s.hidden, s.pooled[:, p:], 1, net.pool[block], 2 * p)
-    for j in range(p):
-        g[j] = _relu(g[j] + s.hidden[0, j])
+    _cut(s.pooled, 1, s.hidden[0])
     _fill(s.update, 1, net.update_bias[block])
     add_product(s.update, s.pooled, 1, net.update_context[block], p)
     add_product(s.x, s.to_instance, instances, net.instance_message[block], p)
     add_product(s.q, s.to_request, requests, net.request_message[block], p)
-    _add_and_cut(s.x, instances, s.update[0, :p])
-    _add_and_cut(s.q, requests, s.update[0, p:])
-    _pool(s, instances)
+    _cut(s.q, requests, s.update[0, p:])
+    _pool(s, instances, s.update[0, :p])
 
 
-@kernel
+@inlined
+def _score(net, s, candidates, instances, requests, legal):
+    """The logits of the legal candidates."""
+    p, head = s.x.shape[1], net.pool.shape[0]
+    _send(net, s, head, instances, requests)
+    _clear(s.hidden, 1)
+    add_product(s.hidden, s.pooled, 1, net.head_context, p)
+    for k in range(legal):
+        c = s.legal[k]
+        r, i = candidates[c, 0], candidates[c, 1]
+        products = zeros()
+        for j in range(0, p, COLUMNS):
+            sent = add(load(s.from_instance[i], j), load(s.from_request[r], j))
+            score = relu(add(add(sent, load(s.from_edge[c], head * p + j)), load(s.hidden[0], j)))
+            products = multiply_add(score, load(net.head_score, j), products)
+        s.logits[c] = total(products)
+
+
+@inlined
+def _value(net, s):
+    p = s.x.shape[1]
+    _fill(s.hidden, 1, net.value_bias)
+    add_product(s.hidden, s.pooled, 1, net.value_hidden, 3 * p)
+    products = zeros()
+    for j in range(0, p, COLUMNS):
+        products = multiply_add(relu(load(s.hidden[0], j)), load(net.value_out, j), products)
+    return total(products) + net.value_out_bias[0]
+
+
+@inlined
 def forward(net, s, frame, l):
-    """Score the candidates of lane l's question into `s.logits`, `ILLEGAL` where they are; s.legal lists the
-    others.
+    """Score the candidates of the question in a frame's row.
+
+    The logits go to `s.logits`, `ILLEGAL` where a candidate is, and the numbers of the legal ones to `s.legal`.
 
     Args:
         net: `Weights`.
         s: `Scratch` for the frame's sizes; no other thread may use it.
         frame: `servegym.envs.cluster.observe.Frame`.
-        l: row of the frame.
+        l: the row.
 
     Returns:
         the number of legal candidates, and the value in the units of the trainer's normaliser.
     """
     candidates = frame.candidates[l]
     instances, requests, legal = _extent(s, candidates, frame.mask[l], frame.instance_mask[l])
-    last = s.legal[legal - 1] + 1
-    _embed(net, s, frame, l, instances, requests, last)
-    blocks, p = net.pool.shape[0], s.x.shape[1]
-    for block in range(blocks):
+    _embed(net, s, frame, l, instances, requests, s.legal[legal - 1] + 1)
+    for block in range(net.pool.shape[0]):
         _block(net, s, block, candidates, instances, requests, legal)
-
-    _send(net, s, blocks, instances, requests)
-    hidden = s.hidden[0]
-    hidden[:] = _ZERO
-    add_product(s.hidden, s.pooled, 1, net.head_context, p)
-    for k in range(legal):
-        c = s.legal[k]
-        r, i = candidates[c, 0], candidates[c, 1]
-        from_edge = s.from_edge[c, blocks * p :]
-        from_instance, from_request = s.from_instance[i], s.from_request[r]
-        logit = _ZERO
-        for j in range(p):
-            score = _relu(from_edge[j] + from_instance[j] + from_request[j] + hidden[j])
-            logit += score * net.head_score[j]
-        s.logits[c] = logit
-    _fill(s.hidden, 1, net.value_bias)
-    add_product(s.hidden, s.pooled, 1, net.value_hidden, 3 * p)
-    value = net.value_out_bias[0]
-    for j in range(p):
-        value += _relu(hidden[j]) * net.value_out[j]
-    return legal, value
+    _score(net, s, candidates, instances, requests, legal)
+    return legal, _value(net, s)
