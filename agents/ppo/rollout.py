@@ -1,8 +1,11 @@
 """Roll-outs inside the lanes: observe, decide, step, all in one kernel call a thread.
 
-Neither Python nor torch is in the loop, and the lanes are played one after the other, so that a lane's state
-stays in the cache for all its steps. What is drawn depends on seed, lane and step only: results do not depend
-on the number of threads, and a resumed run draws what the uninterrupted one would have drawn.
+Neither Python nor torch is in the loop. The lanes of a group meet the same arrivals, but their own answers
+decide how many questions they are asked. So the next decision of a group is always that of the lane that is
+furthest behind in simulated time: the lanes stay side by side, and their advantages can be compared.
+
+What is drawn depends on seed, lane and the lane's number of decisions only: results do not depend on the number
+of threads, and a resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -30,13 +33,17 @@ _DRAWS = 0x0D15EA5E  # sets the stream of draws apart from those of episodes and
 
 
 class Steps(NamedTuple):
-    """T decisions of B lanes; arrays [T, B].
+    """T B decisions of B lanes; arrays [T, B].
+
+    The decisions of a group of G lanes, the columns g G to g G + G - 1, stand row by row in order of simulated
+    time; `lane` says whose each is. Where all lanes are asked at the same times, that is the column.
 
     `values` and `next_values` are in the units of the trainer's normaliser; next_values is that of the final
     observation where an episode was truncated and 0 elsewhere. `now_s` is the simulated time of the decision in
     the lane's `plays`-th episode. `returns` and `lengths` are those of the episodes that ended there, 0 elsewhere.
     """
 
+    lane: np.ndarray  # int64
     actions: np.ndarray  # int64
     log_probs: np.ndarray  # float32
     values: np.ndarray  # float32
@@ -54,21 +61,23 @@ class Steps(NamedTuple):
 class Tally(NamedTuple):
     """What a lane carries from one roll-out to the next; arrays [B]."""
 
+    decisions: np.ndarray  # int64; over the whole training
     episode_return: np.ndarray  # float64; of the episode in progress
-    episode_length: np.ndarray  # int64
+    episode_length: np.ndarray  # int64; decisions
     last_values: np.ndarray  # float32; of the question that is open now, in the normaliser's units
 
 
 def make_steps(steps: int, lanes: int) -> Steps:
     """Zeroed memory of a roll-out."""
-    kinds = {"actions": np.int64, "plays": np.int64, "lengths": np.int64, "terminated": bool, "truncated": bool}
+    kinds: dict[str, type] = dict.fromkeys(("lane", "actions", "plays", "lengths"), np.int64)
+    kinds |= dict.fromkeys(("terminated", "truncated"), bool)
     kinds |= dict.fromkeys(("log_probs", "values", "next_values"), np.float32)
     return Steps(**{name: np.zeros((steps, lanes), kinds.get(name, np.float64)) for name in Steps._fields})
 
 
 def make_tally(lanes: int) -> Tally:
     """Episodes that begin."""
-    return Tally(np.zeros(lanes), np.zeros(lanes, np.int64), np.zeros(lanes, np.float32))
+    return Tally(np.zeros(lanes, np.int64), np.zeros(lanes), np.zeros(lanes, np.int64), np.zeros(lanes, np.float32))
 
 
 class Collector:
@@ -77,7 +86,7 @@ class Collector:
     Args:
         env: has been reset.
         network: size of the network.
-        num_threads: threads that share the lanes.
+        num_threads: threads that share the groups of lanes.
         seed: of the draws.
     """
 
@@ -86,7 +95,8 @@ class Collector:
         self._weights = inlane.make_weights(network.hidden, network.layers)
         frame = self._lanes.frame
         sizes = (frame.instances.shape[1], frame.requests.shape[1], frame.mask.shape[1])
-        bounds = np.linspace(0, env.num_envs, min(num_threads, env.num_envs) + 1).astype(int).tolist()
+        groups = env.num_envs // env.group_size
+        bounds = np.linspace(0, groups, min(num_threads, groups) + 1).astype(int).tolist()
         self._crew = Crew(
             [(inlane.make_scratch(self._weights, *sizes), first, last) for first, last in pairwise(bounds)]
         )
@@ -97,22 +107,18 @@ class Collector:
         obs: Mapping[str, np.ndarray],
         steps: Steps,
         tally: Tally,
-        first_step: int,
     ) -> None:
-        """Play T decisions in every lane.
+        """Play T decisions a lane.
 
         Args:
             weights: of the network, as in `policy.safetensors`.
             obs: receives the observations, [T, B, ...] by name.
             steps: receives the rest.
             tally: is read and brought up to date.
-            first_step: decisions of each lane before these, over the whole training.
         """
         inlane.load_weights(self._weights, weights)
         store = Frame(**{name: obs[name] for name in ARRAYS}, oracle=self._lanes.frame.oracle)
-        self._crew.run(
-            _play_lanes, self._lanes, self._weights, store, steps, tally, np.uint64(self._seed), first_step
-        )
+        self._crew.run(_play_groups, self._lanes, self._weights, store, steps, tally, np.uint64(self._seed))
 
     def close(self) -> None:
         """End the threads."""
@@ -120,17 +126,17 @@ class Collector:
 
 
 @inlined
-def _keep(frame, l, store, t):
-    """Copy a lane's question into the roll-out."""
-    _copy(frame.instances[l].reshape(-1), store.instances[t, l].reshape(-1))
-    _copy(frame.requests[l].reshape(-1), store.requests[t, l].reshape(-1))
-    _copy(frame.candidates[l].reshape(-1), store.candidates[t, l].reshape(-1))
-    _copy(frame.edges[l].reshape(-1), store.edges[t, l].reshape(-1))
-    _copy(frame.globals[l], store.globals[t, l])
-    _copy(frame.history[l], store.history[t, l])
-    _copy(frame.instance_mask[l], store.instance_mask[t, l])
-    _copy(frame.mask[l], store.mask[t, l])
-    store.kind[t, l] = frame.kind[l]
+def _keep(frame, l, store, t, b):
+    """Copy a lane's question into a place of the roll-out."""
+    _copy(frame.instances[l].reshape(-1), store.instances[t, b].reshape(-1))
+    _copy(frame.requests[l].reshape(-1), store.requests[t, b].reshape(-1))
+    _copy(frame.candidates[l].reshape(-1), store.candidates[t, b].reshape(-1))
+    _copy(frame.edges[l].reshape(-1), store.edges[t, b].reshape(-1))
+    _copy(frame.globals[l], store.globals[t, b])
+    _copy(frame.history[l], store.history[t, b])
+    _copy(frame.instance_mask[l], store.instance_mask[t, b])
+    _copy(frame.mask[l], store.mask[t, b])
+    store.kind[t, b] = frame.kind[l]
 
 
 @inlined
@@ -163,45 +169,62 @@ def draw(logits, legal, count, bits):
 
 
 @kernel
-def _final_value(lanes, net, scratch, l):
-    return inlane.forward(net, scratch, lanes.final, l)[1]
+def _value(frame, net, scratch, l):
+    return inlane.forward(net, scratch, frame, l)[1]
 
 
 @inlined
-def _record(lanes, net, scratch, steps, tally, t, l):
+def _record(lanes, net, scratch, steps, tally, t, b, l):
     """What the step that lane l has just made says: reward, time, ends."""
     out = lanes.out
-    steps.rewards[t, l] = out.reward[l]
-    steps.elapsed_s[t, l] = out.elapsed_s[l]
-    steps.terminated[t, l], steps.truncated[t, l] = out.terminated[l], out.truncated[l]
-    steps.next_values[t, l] = steps.returns[t, l] = steps.lengths[t, l] = 0
+    steps.rewards[t, b] = out.reward[l]
+    steps.elapsed_s[t, b] = out.elapsed_s[l]
+    steps.terminated[t, b], steps.truncated[t, b] = out.terminated[l], out.truncated[l]
+    steps.next_values[t, b] = steps.returns[t, b] = steps.lengths[t, b] = 0
+    tally.decisions[l] += 1
     tally.episode_return[l] += out.reward[l]
     tally.episode_length[l] += 1
     if not (out.terminated[l] or out.truncated[l]):
         return
-    if out.truncated[l] and not out.terminated[l]:
-        steps.next_values[t, l] = _final_value(lanes, net, scratch, l)
-    steps.returns[t, l], steps.lengths[t, l] = tally.episode_return[l], tally.episode_length[l]
+    if not out.terminated[l]:
+        steps.next_values[t, b] = _value(lanes.final, net, scratch, l)
+    steps.returns[t, b], steps.lengths[t, b] = tally.episode_return[l], tally.episode_length[l]
     tally.episode_return[l] = tally.episode_length[l] = 0
 
 
+@inlined
+def _furthest_behind(world, first, last):
+    """The lane of a group that is asked first: the earliest play, then time, then number."""
+    found = first
+    for l in range(first + 1, last):
+        lane, best = world.lane[l], world.lane[found]
+        if lane.plays < best.plays or (lane.plays == best.plays and lane.now < best.now):
+            found = l
+    return found
+
+
 @kernel
-def _play_lanes(lanes, net, store, steps, tally, seed, first_step, scratch, first, last):
-    """Play lanes first..last-1."""
-    for l in range(first, last):
-        stream = mix(mix(seed, _DRAWS), l)
-        lane = lanes.world.lane[l]
-        n_steps = steps.actions.shape[0]
-        for t in range(n_steps + 1):
-            count, value = inlane.forward(net, scratch, lanes.frame, l)
-            if t == n_steps:
-                tally.last_values[l] = value
-                break
-            _keep(lanes.frame, l, store, t)
-            action, log_prob = draw(scratch.logits, scratch.legal, count, mix(stream, first_step + t))
-            steps.actions[t, l], steps.log_probs[t, l], steps.values[t, l] = action, log_prob, value
-            steps.now_s[t, l], steps.plays[t, l] = lane.now / PS, lane.plays
-            step_lane(
-                lanes.world, lanes.frame, lanes.final, lanes.finished, lanes.out, lanes.rules, action, l
-            )
-            _record(lanes, net, scratch, steps, tally, t, l)
+def _play_groups(lanes, net, store, steps, tally, seed, scratch, first, last):
+    """Play the groups of lanes first..last-1."""
+    size = lanes.rules.group_size
+    for start in range(first * size, last * size, size):
+        for k in range(steps.actions.shape[0] * size):
+            t, b = k // size, start + k % size
+            l = _furthest_behind(lanes.world, start, start + size)
+            _decide(lanes, net, store, steps, tally, seed, scratch, t, b, l)
+        for l in range(start, start + size):
+            tally.last_values[l] = _value(lanes.frame, net, scratch, l)
+
+
+@inlined
+def _decide(lanes, net, store, steps, tally, seed, scratch, t, b, l):
+    """One decision of lane l, kept in place (t, b)."""
+    lane = lanes.world.lane[l]
+    _keep(lanes.frame, l, store, t, b)
+    steps.lane[t, b], steps.plays[t, b], steps.now_s[t, b] = l, lane.plays, lane.now / PS
+    count, value = inlane.forward(net, scratch, lanes.frame, l)
+    bits = mix(mix(mix(seed, _DRAWS), l), tally.decisions[l])
+    action, log_prob = draw(scratch.logits, scratch.legal, count, bits)
+    steps.actions[t, b], steps.log_probs[t, b], steps.values[t, b] = action, log_prob, value
+    step_lane(lanes.world, lanes.frame, lanes.final, lanes.finished, lanes.out, lanes.rules, action, l)
+    _record(lanes, net, scratch, steps, tally, t, b, l)
