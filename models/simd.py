@@ -162,14 +162,14 @@ def add_product(out, x, n, weights, depth):
     """out[:n] += x[:n, :depth] @ weights[:depth].
 
     Args:
-        out: float32 [N, M], M a multiple of `WIDTH`; N is n = 1, or at least n rounded up to `ROWS`, and the
-            rows from n on receive anything.
+        out: float32 [N, M], M a multiple of `WIDTH`, N at least n rounded up to `ROWS`; the rows from n on
+            receive anything. One row needs no others where `depth` is a multiple of `ROWS`.
         x: float32 [N, at least depth].
         n: rows.
         weights: float32 [at least depth, M].
-        depth: a multiple of `ROWS` where n = 1.
+        depth: of the sum.
     """
-    if n == 1:
+    if n == 1 and depth % ROWS == 0:
         _add_row(out[0], x[0], weights, depth)
         return
     for row in range(0, n, ROWS):
