@@ -23,7 +23,8 @@ import numpy as np
 
 from servegym.envs.cluster import prefix, schema
 from servegym.envs.cluster.kernel import inlined, kernel
-from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance, fits
+from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance
+from servegym.envs.cluster.memory import fits
 from servegym.envs.cluster.scrape import look, steps_done
 from servegym.envs.cluster.state import FINISH, NONE, PS
 from servegym.envs.costs.model import prefill_ps

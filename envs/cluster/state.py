@@ -15,6 +15,12 @@ PS = 1_000_000_000_000  # picoseconds of a second
 NEVER: Any = np.int64(2**62)
 NONE: Any = np.int64(-1)
 
+# Kinds of questions, as in schema.KINDS, and the end of an episode.
+DISPATCH, PREEMPT, MIGRATE, MOVE, BUDGET = range(5)
+END = -1
+# Phases of a migration: copying while the request decodes, about to stop, last copy.
+LIVE, STOPPING, LAST = range(3)
+
 # Rows of World.run: what a decoding request needs, in arrays that a scan walks contiguously.
 REQUEST, FINISH, OFFSET, GAP, ORDER = range(5)
 RUN_ROWS = 5

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster.kernel import inlined, kernel
-from servegym.envs.cluster.lane import AGENT, END, advance, dispatch, restart
+from servegym.envs.cluster.lane import AGENT, advance, dispatch, restart
 from servegym.envs.cluster.observe import copy_frame, observe_dispatch, observe_end, start_frame
 from servegym.envs.cluster.reward import collect
 from servegym.envs.cluster.scrape import mix
-from servegym.envs.cluster.state import LANE, PS, World
+from servegym.envs.cluster.state import END, LANE, PS, World
 
 
 class Rules(NamedTuple):
