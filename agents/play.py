@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from servegym.agents.policy import Policy
+from servegym.agents.search.lookahead import Lookahead
 from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.vector import DispatchVectorEnv
 from servegym.envs.records import Records
@@ -44,6 +45,8 @@ def play(
         oracle=policy.needs_oracle,
     )
     policy.reset(len(episodes), seed)
+    if isinstance(policy, Lookahead):
+        policy.watch(env)
     obs, _ = env.reset(seed=seed)
     records: list[Records | None] = [None] * len(episodes)
     while any(r is None for r in records):
