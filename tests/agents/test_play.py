@@ -16,6 +16,7 @@ class Scripted:
     """Answers with `rule(observation)`."""
 
     name = "scripted"
+    kinds = ("dispatch",)
 
     def __init__(self, rule, needs_oracle=False):
         self.rule, self.needs_oracle, self.resets = rule, needs_oracle, []
