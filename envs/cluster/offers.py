@@ -15,7 +15,7 @@ from servegym.envs.cluster.scrape import steps_done
 from servegym.envs.cluster.state import FINISH, NEVER, NONE, OFFSET, ORDER, REQUEST
 
 # Rules by which running requests are favoured; the first four choose victims.
-NEWEST, LARGEST, LEAST_LEFT, LEAST_URGENT, SMALLEST, MOST_LEFT = range(6)
+NEWEST, LARGEST, MOST_LEFT, LEAST_URGENT, SMALLEST = range(5)
 VICTIM_RULES = 4
 SOURCES = DESTINATIONS = 4  # most instances on either side of a migration
 
@@ -88,7 +88,7 @@ def _key(world, l, i, rule, at):
         tokens = _kv_tokens(world, l, i, at) if decodes else inst.part_done
         return tokens if rule == LARGEST else -tokens, admitted, 0
     left = max(row.predicted - (_streamed(world, l, i, at) if decodes else req.done), 0)
-    return left if rule == MOST_LEFT else -left, admitted, 0
+    return left, admitted, 0
 
 
 @kernel
@@ -114,7 +114,7 @@ def _favourite(world, l, i, rule, other):
 def offer_victims(world, l, i):
     """Offer requests that instance i, which runs at least two, may preempt: two favourites of each rule.
 
-    The rules: newest admission, largest KV, least predicted output left, lowest priority.
+    The rules: newest admission, largest KV, most predicted output left, lowest priority.
 
     Returns:
         how many there are; the engine's default victim is one of them.
