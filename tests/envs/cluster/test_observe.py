@@ -64,7 +64,7 @@ def test_columns_are_those_of_the_schema(features, columns):
 def test_golden_walk(toy_episode):
     env = DispatchEnv(FRESH, episodes=[toy_episode])
     obs, info = env.reset(seed=0)
-    assert info == {}
+    assert info == {"now_s": pytest.approx(1.0)}
 
     # t = 1: both idle; the default is instance 0 by index.
     same(obs["instances"], [[0] * 9 + [*SLOW, 0, *PLAIN], [0] * 9 + [*FAST, 0, *PLAIN]])
@@ -81,7 +81,7 @@ def test_golden_walk(toy_episode):
     # t = 1.02: instance 0 has streamed its first token at 1.016 and decodes until 1.038.
     obs, reward, terminated, truncated, info = env.step(1)
     assert (reward, terminated, truncated) == (pytest.approx(-3 * 0.02), False, False)
-    assert info == {"elapsed_s": pytest.approx(0.02)}
+    assert info == {"elapsed_s": pytest.approx(0.02), "now_s": pytest.approx(1.02)}
     busy = [1, 0, 0.2, 0, 0, 1, 0, 7, 1]
     same(obs["instances"], [[*busy, *SLOW, 0.011, 1, 8, 1, 0, 0], [0] * 9 + [*FAST, 0, *PLAIN]])
     same(obs["requests"], [[10, 5, -2, 2.0, 0.1, 3.0, 0, 0, 0, 5] + [0] * 6])
@@ -96,7 +96,7 @@ def test_golden_walk(toy_episode):
     # t = 2.5: r0 finished at 1.038, r1, on instance 1 by default, at 1.0765; r2 is r0's next turn.
     obs, reward, terminated, truncated, info = env.step(0)
     assert reward == pytest.approx(-3 * (0.018 + 0.0565))
-    assert info == {"elapsed_s": pytest.approx(1.48)}
+    assert info == {"elapsed_s": pytest.approx(1.48), "now_s": pytest.approx(2.5)}
     same(obs["instances"], [[0] * 9 + [*SLOW, 0, *PLAIN], [0] * 9 + [*FAST, 0, *PLAIN]])
     same(obs["requests"], [[4, 1, 1, 2.0, 0.1, 3.0, 0, 1, 0, 1] + [0] * 6])
     slow, fast = [0, 0, 0.014, 0.011, 5 / 40, 1] + [0] * 4, [0, 0, 0.012, 0.0105, 5 / 40] + [0] * 5
