@@ -269,6 +269,7 @@ WHY = {
 
 def test_every_refusal_has_its_reason_and_changes_nothing(episodes):
     env = ClusterVectorEnv(1, FULL, episodes=episodes)
+    env._world.setting["net_call"] = 300_000_000_000  # ps: copies that last until the next tick
     rng = np.random.default_rng(3)
     obs, _ = env.reset(seed=3)
     told = {kind: set() for kind in WHY}
