@@ -81,7 +81,8 @@ def parse(arguments: Sequence[str]) -> Command:
         raise InputError("servegym", "command", name, f"choose one of {', '.join(COMMANDS)}")
     special = SPECIAL.get((name, arguments[1] if len(arguments) > 1 else ""))
     words = 2 if special else 1
-    command = import_module(f"servegym.commands.{special or name}").Command  # late: most commands need no torch
+    # Late: most commands need no torch.
+    command = import_module(f"servegym.commands.{special or name}").Command
     return tyro.cli(command, prog=f"servegym {' '.join(arguments[:words])}", args=arguments[words:])
 
 

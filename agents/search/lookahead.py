@@ -20,8 +20,9 @@ from servegym.agents.policy import Observation
 from servegym.agents.search.branch import OBJECTIVES, Search, search_lanes
 from servegym.envs.cluster.observe import make_frame
 from servegym.envs.cluster.rules import RULES, plays
+from servegym.envs.cluster.schema import KINDS
 from servegym.envs.cluster.state import NEVER, OWNED
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.errors import InputError
 
 # What the stock system does with the kinds that a set of rules does not name.
@@ -51,6 +52,7 @@ class Lookahead:
     """
 
     name: ClassVar[str] = "lookahead"
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     needs_oracle: ClassVar[bool] = True
 
     def __init__(
@@ -81,9 +83,9 @@ class Lookahead:
             np.stack([names for names, _ in chosen]),
             np.stack([params for _, params in chosen]),
         )
-        self._env: DispatchVectorEnv | None = None
+        self._env: ClusterVectorEnv | None = None
 
-    def watch(self, env: DispatchVectorEnv) -> None:
+    def watch(self, env: ClusterVectorEnv) -> None:
         """Answer for the lanes of this environment from now on; allocates a second lane for each."""
         world, (lanes, instances) = env._world, env._frame.instances.shape[:2]
         self._env = env

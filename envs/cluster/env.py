@@ -90,7 +90,8 @@ class ClusterEnv(gymnasium.Env):
     0 only. It never truncates by itself; `gymnasium.make(..., max_episode_steps=n)` does.
 
     ## Arguments
-    * `scenario`: a `Scenario`, the name of a shipped one, or the path of a TOML file; or several of them.
+    * `scenario`: a `Scenario`, the name of a shipped one (`mixed` by default), or the path of a TOML file; or
+      several of them.
     * `decisions`: what the agent takes, some of `dispatch`, `preempt`, `migrate` and `budget`; None is all
       that the scenario's levers allow.
     * `rules`: kind -> built-in rule, for the kinds that the agent does not take.
@@ -110,7 +111,7 @@ class ClusterEnv(gymnasium.Env):
 
     def __init__(
         self,
-        scenario: Scenarios = "chat",
+        scenario: Scenarios = "mixed",
         *,
         decisions: Sequence[str] | None = None,
         rules: Mapping[str, str] | None = None,
@@ -241,7 +242,7 @@ class PreemptEnv(ClusterEnv):
     settings). Rows are up to 8 victims: the favourites of several rules.
 
     ## Arguments
-    Those of `ClusterEnv` but `decisions`; `scenario` is one whose memory is scarce by default.
+    Those of `ClusterEnv` but `decisions`; `scenario` is `scarce` by default.
 
     ## Version History
     * v0: initial version
@@ -268,7 +269,7 @@ class MigrateEnv(ClusterEnv):
     migration is neither source nor destination, and none is its own destination.
 
     ## Arguments
-    Those of `ClusterEnv` but `decisions`; `scenario` needs a migration table.
+    Those of `ClusterEnv` but `decisions`; `scenario`, `scarce` by default, needs a migration table.
 
     ## Version History
     * v0: initial version
@@ -292,11 +293,11 @@ class BudgetEnv(ClusterEnv):
     at least 16 tokens.
 
     ## Arguments
-    Those of `ClusterEnv` but `decisions`; `scenario` needs a budget_period_s.
+    Those of `ClusterEnv` but `decisions`; `scenario`, `chat` by default, needs a budget_period_s.
 
     ## Version History
     * v0: initial version
     """
 
-    def __init__(self, scenario: Scenarios = "scarce", **arguments: Any) -> None:
+    def __init__(self, scenario: Scenarios = "chat", **arguments: Any) -> None:
         super().__init__(scenario, decisions=("budget",), **arguments)

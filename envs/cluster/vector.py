@@ -48,7 +48,7 @@ BANK_SEED = 0
 Scenarios = Scenario | str | Sequence[Scenario | str]
 
 class Lanes(NamedTuple):
-    """What the kernels of `steps` take: the environment's own memory, for roll-outs that stay inside a kernel."""
+    """What the kernels of `steps` take: the environment's memory, for roll-outs that stay inside a kernel."""
 
     world: World
     frame: Frame
@@ -101,7 +101,7 @@ class ClusterVectorEnv(VectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        scenario: Scenarios = "chat",
+        scenario: Scenarios = "mixed",
         *,
         decisions: Sequence[str] | None = None,
         rules: Mapping[str, str] | None = None,
@@ -329,7 +329,7 @@ class MigrateVectorEnv(ClusterVectorEnv):
 class BudgetVectorEnv(ClusterVectorEnv):
     """`ServeGym/Budget-v0`, B lanes: a `ClusterVectorEnv` whose agent takes prefill budgets only."""
 
-    def __init__(self, num_envs: int = 1, scenario: Scenarios = "scarce", **arguments: Any) -> None:
+    def __init__(self, num_envs: int = 1, scenario: Scenarios = "chat", **arguments: Any) -> None:
         super().__init__(num_envs, scenario, decisions=("budget",), **arguments)
 
 

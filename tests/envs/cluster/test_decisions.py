@@ -1,5 +1,6 @@
 """Environments of every kind of decision: who is asked what, and why an answer is refused."""
 
+import inspect
 import re
 import warnings
 from dataclasses import replace
@@ -12,15 +13,16 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from servegym.agents.heuristics import make_heuristic
 from servegym.agents.play import play
+from servegym.envs.cluster import vector
 from servegym.envs.cluster.checker import check_vector_env
-from servegym.envs.cluster.decisions import ENVIRONMENTS, kinds_of
+from servegym.envs.cluster.decisions import DECISIONS, ENVIRONMENTS, allowed_decisions, kinds_of
 from servegym.envs.cluster.env import ClusterEnv, PreemptEnv
-from servegym.envs.cluster.episode import make_episodes, mix_episodes
+from servegym.envs.cluster.episode import fleets_of, make_episodes, mix_episodes
 from servegym.envs.cluster.schema import KINDS, OFFERS
 from servegym.envs.cluster.simulate import simulate_all
 from servegym.envs.cluster.spec import Migration
 from servegym.envs.cluster.vector import ClusterVectorEnv
-from servegym.envs.scenario import Scenario
+from servegym.envs.scenario import Scenario, load_scenario
 from servegym.errors import InputError
 
 SAME, NEXT = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP
@@ -90,6 +92,14 @@ def test_gymnasium_and_our_checker_pass(name, episodes):
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_default_scenario_has_the_levers(name):
+    entry = gym.spec(name).vector_entry_point.split(":")[1]
+    default = inspect.signature(getattr(vector, entry)).parameters["scenario"].default
+    allowed = allowed_decisions(fleets_of(load_scenario(default)))
+    assert set(ENVIRONMENTS[name] or DECISIONS) <= set(allowed)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_an_agent_is_asked_what_it_takes_and_nothing_else(name, episodes):
     env = gym.make_vec(name, num_envs=4, scenario=FULL, episodes=episodes).unwrapped
     expected = set(kinds_of(ENVIRONMENTS[name] or env.decisions))
@@ -101,16 +111,16 @@ def test_an_agent_is_asked_what_it_takes_and_nothing_else(name, episodes):
 
 @pytest.mark.parametrize("mode", [SAME, NEXT])
 def test_lanes_equal_single_environments(mode, episodes):
-    vector = ClusterVectorEnv(3, FULL, autoreset_mode=mode)
+    lanes = ClusterVectorEnv(3, FULL, autoreset_mode=mode)
     scalar = SyncVectorEnv([lambda: ClusterEnv(FULL)] * 3, autoreset_mode=mode)
-    assert vector.single_observation_space == scalar.single_observation_space
+    assert lanes.single_observation_space == scalar.single_observation_space
     rng = np.random.default_rng(0)
-    ours, theirs = vector.reset(seed=11), scalar.reset(seed=11)
+    ours, theirs = lanes.reset(seed=11), scalar.reset(seed=11)
     equal(ours, theirs)
     ours, ended = ours[0], 0
     for _ in range(250):
         action = answers(ours["mask"], rng)
-        a, b = vector.step(action), scalar.step(action)
+        a, b = lanes.step(action), scalar.step(action)
         equal(a[:4], b[:4])
         equal(a[4]["now_s"], b[4]["now_s"])
         ours = a[0]
@@ -259,6 +269,7 @@ WHY = {
 
 def test_every_refusal_has_its_reason_and_changes_nothing(episodes):
     env = ClusterVectorEnv(1, FULL, episodes=episodes)
+    env._world.setting["net_call"] = 300_000_000_000  # ps: copies that last until the next tick
     rng = np.random.default_rng(3)
     obs, _ = env.reset(seed=3)
     told = {kind: set() for kind in WHY}
