@@ -25,13 +25,11 @@ class Trained(Protocol):
 
 
 @runtime_checkable
-class Player(Protocol):
-    """A policy that plays by itself, because observations are not enough for it: search needs the lanes."""
+class Watcher(Protocol):
+    """A policy to which observations are not enough: search branches the lanes themselves."""
 
-    def play(
-        self, scenario: Scenario, episodes: Sequence[Episode], num_threads: int, seed: int
-    ) -> list[Records]:
-        """As `play`, of this policy."""
+    def watch(self, env: ClusterVectorEnv) -> None:
+        """Get hold of the lanes; called before the environment's reset."""
         ...
 
 
@@ -63,10 +61,20 @@ def play(
             that are not legal.
     """
     first = seed if isinstance(seed, int) else int(seed[0])
-    if isinstance(policy, Player):
-        return policy.play(scenario, episodes, num_threads, first)
-    env = environment_of(policy, scenario, episodes, num_threads)
+    decisions, rules = roles(policy, scenario, episodes)
+    env = ClusterVectorEnv(
+        len(episodes),
+        scenario,
+        decisions=decisions,
+        rules=rules,
+        episodes=episodes,
+        num_threads=num_threads,
+        copy=False,
+        oracle=policy.needs_oracle,
+    )
     policy.reset(len(episodes), first)
+    if isinstance(policy, Watcher):
+        policy.watch(env)
     obs, _ = env.reset(seed=seed)
     records: list[Records | None] = [None] * len(episodes)
     while any(r is None for r in records):
@@ -79,10 +87,10 @@ def play(
     return [r for r in records if r is not None]
 
 
-def environment_of(
-    policy: Policy, scenario: Scenario, episodes: Sequence[Episode], num_threads: int
-) -> ClusterVectorEnv:
-    """Lanes that ask a policy what it answers, one for each episode.
+def roles(
+    policy: Policy, scenario: Scenario, episodes: Sequence[Episode]
+) -> tuple[list[str], dict[str, str]]:
+    """What a policy takes of the decisions that can come up, and the built-in rules for the rest.
 
     Raises:
         InputError: where the episodes have no lever that the policy pulls.
@@ -96,14 +104,4 @@ def environment_of(
         raise InputError(policy.name, "decisions", ", ".join(policy.kinds), hint)
     others = set(kinds_of(allowed)) - set(kinds_of(decisions))
     trained_beside = policy.task.rules if isinstance(policy, Trained) else {}
-    rules = {kind: rule for kind, rule in trained_beside.items() if kind in others}
-    return ClusterVectorEnv(
-        len(episodes),
-        scenario,
-        decisions=decisions,
-        rules=rules,
-        episodes=episodes,
-        num_threads=num_threads,
-        copy=False,
-        oracle=policy.needs_oracle,
-    )
+    return decisions, {kind: rule for kind, rule in trained_beside.items() if kind in others}
