@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servegym.envs.cluster.env import DispatchEnv
-from servegym.envs.cluster.episode import Episode
+from servegym.envs.cluster.env import ClusterEnv, DispatchEnv
+from servegym.envs.cluster.episode import Episode, make_episodes
 from servegym.envs.cluster.moment import DECODE, OUTSIDE, PREFILL, QUEUED, STOPPED, Moment, Move
-from servegym.envs.cluster.spec import ClusterSpec
+from servegym.envs.cluster.spec import ClusterSpec, Migration
 from servegym.envs.cluster.timeline import COPIES, FIRST, Timeline, record_timeline
 from servegym.envs.records import Records
 from servegym.envs.scenario import Scenario
@@ -30,6 +30,10 @@ def spans(trace, request):
     return [(e["pid"], e["cat"], e["ts"], e["ts"] + e["dur"]) for e in found]
 
 
+def ns(microseconds):
+    return round(microseconds * 1000)
+
+
 def flows(trace):
     """(name, slice and process that it leaves, slice and process that it reaches) of every arrow."""
     ends = defaultdict(dict)
@@ -38,7 +42,7 @@ def flows(trace):
             around = [
                 x for x in trace["traceEvents"]
                 if x["ph"] == "X" and (x["pid"], x["tid"]) == (e["pid"], e["tid"])
-                and x["ts"] <= e["ts"] < x["ts"] + x["dur"]
+                and ns(x["ts"]) <= ns(e["ts"]) < ns(x["ts"] + x["dur"])
             ]  # fmt: skip
             assert len(around) == 1, "an arrow binds to exactly one slice"
             ends[e["id"]][e["ph"]] = (around[0]["cat"], e["pid"] - FIRST, e["ts"])
@@ -105,7 +109,7 @@ def check_tracks(trace):
         start, end = last.get(track, (0.0, 0.0))
         assert e["ts"] >= start
         if e["ph"] == "X":
-            assert e["ts"] >= end - 1e-6, "slices of a track do not overlap"
+            assert ns(e["ts"]) >= ns(end), "slices of a track do not overlap"
             end = e["ts"] + e["dur"]
         last[track] = e["ts"], end
 
@@ -170,6 +174,35 @@ def test_a_preemption_is_an_arrow_from_the_decode_to_what_computes_it_again(toy_
     phases = [phase for _, phase, _, _ in spans(trace, 1)]
     assert phases == ["queued", "prefill", "decode", "queued", "prefill", "decode"]
     check_records(trace, records)
+
+
+def test_every_kind_of_question_and_what_comes_of_it():
+    """Random answers on a tight fleet with all levers, one instance of which drains."""
+    scenario = Scenario(
+        workload="llumnix:256-256", clusters=("3xl40s-llama-3.1-8b",), loads=(1.2, 1.2), requests=150,
+        migration=Migration(period_s=0.5), budget_period_s=0.5, engine={"swap_gib": 2.0, "kv_blocks": 600},
+        drain={"2": 20.0}, scrape_s=1.0,
+    )  # fmt: skip
+    env = ClusterEnv(scenario, episodes=make_episodes(scenario, 1, 0), render_mode="rgb_array")
+    rng = np.random.default_rng(0)
+    shapes = set()
+
+    def choose(observation):
+        shapes.add(env.render().shape)
+        return int(rng.choice(np.flatnonzero(observation["mask"])))
+
+    trace = record_timeline(env, choose, ["a", "b", "c"], seed=0)
+    records = env.records()
+    assert len(shapes) == 1
+    check_tracks(trace)
+    check_records(trace, records)
+    check_counters(trace)
+    kinds = {e["cat"] for e in trace["traceEvents"] if e["ph"] == "i"}
+    assert kinds == {"dispatch", "preempt", "migrate", "move", "budget"}
+    arrows = flows(trace)
+    assert all(a[1] != b[1] for name, a, b in arrows if name == "migration")
+    for name, most in (("preemption", records.preemptions), ("migration", records.migrations)):
+        assert 0 < sum(arrow[0] == name for arrow in arrows) <= most.sum()
 
 
 def moment(now, phase, place, *, moves=(), migrations=0, streamed=True, begun=0.0):
