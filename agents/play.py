@@ -3,52 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from servegym.agents.policy import Policy
-from servegym.agents.search.lookahead import Lookahead
+from servegym.agents.task import Task
+from servegym.envs.cluster.decisions import allowed_decisions, kinds_of
 from servegym.envs.cluster.episode import Episode
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.records import Records
 from servegym.envs.scenario import Scenario
+from servegym.errors import InputError
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """A policy that was trained beside built-in rules for the questions that it does not answer."""
+
+    task: Task
+
+
+@runtime_checkable
+class Player(Protocol):
+    """A policy that plays by itself, because observations are not enough for it: search needs the lanes."""
+
+    def play(
+        self, scenario: Scenario, episodes: Sequence[Episode], num_threads: int, seed: int
+    ) -> list[Records]:
+        """As `play`, of this policy."""
+        ...
 
 
 def play(
     policy: Policy,
-    scenario: Scenario | str,
+    scenario: Scenario,
     episodes: Sequence[Episode],
     num_threads: int = 2,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> list[Records]:
     """Play each episode to its end, all at once, each in a lane of its own.
+
+    Questions that the policy does not answer are answered by the rules that it was trained beside, else by
+    the stock system's.
 
     Args:
         policy: one policy, asked for all lanes together.
         scenario: service levels and what the router sees; fleets and requests come from the episodes.
         episodes: what to play.
         num_threads: threads of the cluster model.
-        seed: seed of the policy and of the scrape; the requests do not depend on it.
+        seed: seed of the policy and of the scrape; the requests do not depend on it. Lane l gets seed + l, or
+            seed[l].
 
     Returns:
         records of each episode, in their order.
 
     Raises:
-        InputError: for episodes that cannot be played and for answers that are not legal.
+        InputError: for episodes that cannot be played or ask nothing that the policy answers, and for answers
+            that are not legal.
     """
-    env = DispatchVectorEnv(
-        len(episodes),
-        scenario,
-        episodes=episodes,
-        num_threads=num_threads,
-        copy=False,
-        oracle=policy.needs_oracle,
-    )
-    policy.reset(len(episodes), seed)
-    if isinstance(policy, Lookahead):
-        policy.watch(env)
+    if isinstance(policy, Player):
+        return policy.play(scenario, episodes, num_threads, seed if isinstance(seed, int) else int(seed[0]))
+    return play_in(environment_of(policy, scenario, episodes, num_threads), policy, seed)
+
+
+def play_in(env: ClusterVectorEnv, policy: Policy, seed: int | Sequence[int]) -> list[Records]:
+    """Play the first episode of each lane to its end, and close the environment."""
+    policy.reset(env.num_envs, seed if isinstance(seed, int) else int(seed[0]))
     obs, _ = env.reset(seed=seed)
-    records: list[Records | None] = [None] * len(episodes)
+    records: list[Records | None] = [None] * env.num_envs
     while any(r is None for r in records):
         obs, _, terminated, _, _ = env.step(policy.act(obs))
         for lane in np.flatnonzero(terminated):
@@ -57,3 +80,33 @@ def play(
                 records[lane] = env.records(int(lane))
     env.close()
     return [r for r in records if r is not None]
+
+
+def environment_of(
+    policy: Policy, scenario: Scenario, episodes: Sequence[Episode], num_threads: int
+) -> ClusterVectorEnv:
+    """Lanes that ask a policy what it answers, one for each episode.
+
+    Raises:
+        InputError: where the episodes have no lever that the policy pulls.
+    """
+    allowed = allowed_decisions(e.cluster for e in episodes)
+    # Something has to be asked of a policy that answers nothing; it answers 0.
+    kinds = set(policy.kinds or ("dispatch",))
+    decisions = [name for name in allowed if kinds & set(kinds_of((name,)))]
+    if not decisions:
+        hint = f"scenario {scenario.name} has {', '.join(allowed)} only"
+        raise InputError(policy.name, "decisions", ", ".join(policy.kinds), hint)
+    others = set(kinds_of(allowed)) - set(kinds_of(decisions))
+    trained_beside = policy.task.rules if isinstance(policy, Trained) else {}
+    rules = {kind: rule for kind, rule in trained_beside.items() if kind in others}
+    return ClusterVectorEnv(
+        len(episodes),
+        scenario,
+        decisions=decisions,
+        rules=rules,
+        episodes=episodes,
+        num_threads=num_threads,
+        copy=False,
+        oracle=policy.needs_oracle,
+    )

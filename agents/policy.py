@@ -23,6 +23,15 @@ class Policy(Protocol):
         ...
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The questions that it answers, of `servegym.envs.cluster.schema.KINDS`.
+
+        Whoever plays it leaves other questions to built-in rules; those of these kinds that it has no opinion
+        on it answers by 0.
+        """
+        ...
+
+    @property
     def needs_oracle(self) -> bool:
         """True for rules that read `obs["oracle"]`, [B, C], what each answer truly costs.
 

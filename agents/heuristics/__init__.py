@@ -1,9 +1,9 @@
 """Published rules for every kind of question, one a file, by name.
 
-Each is a `servegym.agents.policy.Policy` that answers the kinds of questions in its `kinds` and leaves others
-to the default, so it is also a complete policy: vLLM's is `vllm_dp`, INFaaS++ is `infaas`. Names joined by `+`
-make one policy of several rules; each question goes to the first of them that answers its kind, for example
-`lmetric+llumnix+budget_tpot`.
+Each is a `servegym.agents.policy.Policy` that answers the kinds of questions in its `kinds` and leaves
+others to the default, so it is also a complete policy: vLLM's is `vllm_dp`, INFaaS++ is `infaas`. Names
+joined by `+` make one policy of several rules; each question goes to the first of them that answers its kind,
+for example `lmetric+llumnix+budget_tpot`.
 """
 
 from __future__ import annotations
@@ -154,9 +154,6 @@ def _parts(name: str) -> dict[str, type[Rule]]:
         rules = [HEURISTICS[rule] for rule in SYSTEMS.get(part, (part,))]
         answers = {kind: rule for rule in rules for kind in rule.kinds}
         if "+" in name and chosen.keys() >= answers.keys():
-            hint = (
-                f"joined behind {', '.join(rule.name for rule in chosen.values())} it has nothing to answer"
-            )
-            raise InputError("heuristics", "name", part, hint)
+            raise InputError("heuristics", "name", part, f"in {name} nothing is left for it to answer")
         chosen = answers | chosen
     return chosen

@@ -16,12 +16,16 @@ from typing import ClassVar
 
 import numpy as np
 
+from servegym.agents.play import environment_of, play_in
 from servegym.agents.policy import Observation
 from servegym.agents.search.branch import OBJECTIVES, Search, search_lanes
-from servegym.envs.cluster.observe import make_frame
+from servegym.envs.cluster.episode import Episode
+from servegym.envs.cluster.lane import AGENT
 from servegym.envs.cluster.rules import RULES, plays
-from servegym.envs.cluster.state import NEVER, OWNED
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.cluster.state import DISPATCH, NEVER, OWNED
+from servegym.envs.cluster.vector import ClusterVectorEnv
+from servegym.envs.records import Records
+from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 
 # What the stock system does with the kinds that a set of rules does not name.
@@ -52,6 +56,7 @@ class Lookahead:
 
     name: ClassVar[str] = "lookahead"
     needs_oracle: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = tuple(STOCK)
 
     def __init__(
         self,
@@ -74,26 +79,41 @@ class Lookahead:
             if not whole or (value is not None and value < least):
                 raise InputError(self.name, field, value, f"give an integer of at least {least}, or None")
         chosen = [plays({**STOCK, **rules}) for rules in behind]
-        self._search = Search(
-            OBJECTIVES.index(objective),
-            int(NEVER) if horizon is None else horizon,
-            int(NEVER) if width is None else width,
-            np.stack([names for names, _ in chosen]),
-            np.stack([params for _, params in chosen]),
-        )
-        self._env: DispatchVectorEnv | None = None
+        self._behind = np.stack([names for names, _ in chosen])
+        self._params = np.stack([params for _, params in chosen])
+        self._objective = OBJECTIVES.index(objective)
+        self._horizon = int(NEVER) if horizon is None else horizon
+        self._width = int(NEVER) if width is None else width
+        self._env: ClusterVectorEnv | None = None
 
-    def watch(self, env: DispatchVectorEnv) -> None:
-        """Answer for the lanes of this environment from now on; allocates a second lane for each."""
-        world, (lanes, instances) = env._world, env._frame.instances.shape[:2]
+    def watch(self, env: ClusterVectorEnv) -> None:
+        """Answer for the lanes of this environment from now on; allocates a second lane for each.
+
+        Questions that the environment leaves to its own rules are left to them behind an answer, too.
+        """
+        world, frame = env._world, env._frame
         self._env = env
         self._scratch = world._replace(**{name: np.zeros_like(getattr(world, name)) for name in OWNED})
         # Branches read no oracle, so it is neither copied nor observed there.
-        self._seen = env._frame._replace(oracle=np.zeros((lanes, 0)))
-        self._frame = make_frame(lanes, instances, env._frame.requests.shape[1])
-        self.scores = np.full(env._frame.mask.shape, -np.inf)
+        self._seen = frame._replace(oracle=np.zeros((env.num_envs, 0)))
+        self._frame = self._seen._replace(**{name: a.copy() for name, a in self._seen._asdict().items()})
+        asked = env._rules.plays == AGENT
+        rules = np.where(asked, self._behind, env._rules.plays)
+        params = np.where(asked[:, None], self._params, env._rules.params)
+        played = rules.copy()
+        played[:, DISPATCH] = AGENT
+        self._search = Search(self._objective, self._horizon, self._width, rules, played, params)
+        self.scores = np.full(frame.mask.shape, -np.inf)
         self._rank = self.scores.copy()
-        self._answers = np.zeros(lanes, np.int64)
+        self._answers = np.zeros(env.num_envs, np.int64)
+
+    def play(
+        self, scenario: Scenario, episodes: Sequence[Episode], num_threads: int, seed: int
+    ) -> list[Records]:
+        """Records of each episode; see `servegym.agents.play.play`, which calls this."""
+        env = environment_of(self, scenario, episodes, num_threads)
+        self.watch(env)
+        return play_in(env, self, seed)
 
     def reset(self, lanes: int, seed: int) -> None:
         """Nothing to forget."""

@@ -71,7 +71,7 @@ def _finish(world, l, i, at, now):
     if r == inst.out:
         migration.abort(world, l, i, now)
     inst.inflight -= 1
-    inst.urgent -= row.priority < world.episode[lane.episode].least_urgent
+    inst.urgent -= row.priority < lane.least_urgent
     inst.prompt_tokens -= row.prompt
     inst.predicted_tokens -= row.predicted
     inst.streamed_tokens -= row.output
@@ -409,9 +409,35 @@ def _drop_finished(world, l, i, r):
         r = world.req[l, r].next
 
 
+@inlined
+def settle(world, l, i):
+    """Schedule instance i, which stands at a boundary, from where a question has interrupted it.
+
+    Returns:
+        True where the next question interrupts it.
+    """
+    inst = world.instance[l, i]
+    now = world.lane[l].now
+    if inst.phase == _ASYNCHRONOUS:
+        if schedule(world, l, i, now, inst.seen, inst.leaving_count):
+            return True
+        inst.preempted = 0
+        inst.phase = _SYNCHRONOUS
+    _drop_finished(world, l, i, inst.leaving)
+    inst.leaving, inst.leaving_count = NONE, 0
+    if inst.until == NEVER and schedule(world, l, i, now, now, 0):
+        return True
+    inst.phase = 0
+    return False
+
+
 @kernel
 def complete(world, l, i):
-    """What instance i had in flight ends: tokens stream, requests finish; `settle` then schedules."""
+    """What instance i had in flight ends: tokens stream, requests finish, the next iteration starts.
+
+    Returns:
+        True where a question interrupts it, as in `settle`.
+    """
     inst = world.instance[l, i]
     now = inst.until
     scrape(world, l, i, now)
@@ -435,28 +461,7 @@ def complete(world, l, i):
     inst.seen = now - gap
     inst.preempted = 0
     inst.phase = _ASYNCHRONOUS if setting_of(world, l, i).asynchronous else _SYNCHRONOUS
-
-
-@kernel
-def settle(world, l, i):
-    """Schedule instance i, which stands at a boundary, from where a question has interrupted it.
-
-    Returns:
-        True where the next question interrupts it.
-    """
-    inst = world.instance[l, i]
-    now = world.lane[l].now
-    if inst.phase == _ASYNCHRONOUS:
-        if schedule(world, l, i, now, inst.seen, inst.leaving_count):
-            return True
-        inst.preempted = 0
-        inst.phase = _SYNCHRONOUS
-    _drop_finished(world, l, i, inst.leaving)
-    inst.leaving, inst.leaving_count = NONE, 0
-    if inst.until == NEVER and schedule(world, l, i, now, now, 0):
-        return True
-    inst.phase = 0
-    return False
+    return settle(world, l, i)
 
 
 @kernel

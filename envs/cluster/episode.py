@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def make_episodes(scenario: Scenario, count: int, seed: int, *, disjoint: bool =
         predicted = predicted_output_tokens(workload, scenario.prediction_error, int(rng.integers(2**31)))
         episodes.append(Episode(workload, clusters[choice], predicted, scenario))
     return episodes
+
+
+def mix_episodes(scenarios: Sequence[Scenario], count: int, seed: int) -> list[Episode]:
+    """Episodes of several scenarios in turn, `count` in all; each scenario's are those of `make_episodes`.
+
+    Raises:
+        InputError: as `make_episodes`.
+    """
+    share = -(-count // len(scenarios))
+    drawn = [make_episodes(scenario, share, seed) for scenario in scenarios]
+    return [episode for turn in zip(*drawn, strict=True) for episode in turn][:count]
 
 
 def fleets_of(scenario: Scenario) -> list[ClusterSpec]:

@@ -34,7 +34,7 @@ def restart(world, l, episode):
     lane.live_weight = lane.cost = lane.gain = lane.arrival_rate = lane.prompt_rate = 0.0
     lane.history_second = 0
     world.history[l, :] = 0.0
-    lane.longest_output = e.longest_output
+    lane.longest_output, lane.least_urgent = e.longest_output, e.least_urgent
     lane.question = lane.asker = lane.target = lane.pairs = lane.budget_turn = NONE
     lane.moving = 0
     lane.next_migrate = e.migrate_period if e.migrate_period else NEVER
@@ -154,7 +154,7 @@ def dispatch(world, l, i):
     world.req[l, r].instance = i
     lane.pending = lane.question = NONE
     inst.inflight += 1
-    inst.urgent += row.priority < world.episode[lane.episode].least_urgent
+    inst.urgent += row.priority < lane.least_urgent
     # The router's view: what the prefix cache holds now is not in the queue.
     hit = prefix.match(world, l, i, lane.first_row + r, row.prompt - 1)[0] * inst.unit_tokens
     world.req[l, r].booked = row.prompt - hit
@@ -228,11 +228,9 @@ def advance(world, l, rule):
         the kind of the open question, as in lane.question, at lane.now; END when every request has finished.
     """
     lane = world.lane[l]
+    if lane.asker != NONE and world.instance[l, lane.asker].phase and engine.settle(world, l, lane.asker):
+        return lane.question
     while True:
-        if lane.asker != NONE and world.instance[l, lane.asker].phase:
-            if engine.settle(world, l, lane.asker):
-                return lane.question
-            lane.asker = NONE
         if lane.pairs != NONE:
             if lane.pairs < lane.instances // 2:
                 lane.question = MIGRATE
@@ -256,8 +254,8 @@ def advance(world, l, rule):
             dispatch(world, l, _round_robin(world, l) if rule == ROUND_ROBIN else default_instance(world, l))
         elif i != NONE:
             lane.now = until
-            engine.complete(world, l, i)
-            lane.asker = i
+            if engine.complete(world, l, i):
+                return lane.question
         else:
             return END
 

@@ -262,7 +262,7 @@ def _hand_over(world, l, s, d, r):
     target.predicted_tokens += row.predicted
     source.streamed_tokens -= req.done
     target.streamed_tokens += req.done
-    if row.priority < world.episode[lane.episode].least_urgent:
+    if row.priority < lane.least_urgent:
         source.urgent -= 1
         target.urgent += 1
     if req.first == NEVER:
