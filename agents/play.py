@@ -25,13 +25,11 @@ class Trained(Protocol):
 
 
 @runtime_checkable
-class Player(Protocol):
-    """A policy that plays by itself, because observations are not enough for it: search needs the lanes."""
+class Watcher(Protocol):
+    """A policy to which observations are not enough: search branches the lanes themselves."""
 
-    def play(
-        self, scenario: Scenario, episodes: Sequence[Episode], num_threads: int, seed: int
-    ) -> list[Records]:
-        """As `play`, of this policy."""
+    def watch(self, env: ClusterVectorEnv) -> None:
+        """Get hold of the lanes; called before the environment's reset."""
         ...
 
 
@@ -62,16 +60,23 @@ def play(
         InputError: for episodes that cannot be played or ask nothing that the policy answers, and for answers
             that are not legal.
     """
-    if isinstance(policy, Player):
-        return policy.play(scenario, episodes, num_threads, seed if isinstance(seed, int) else int(seed[0]))
-    return play_in(environment_of(policy, scenario, episodes, num_threads), policy, seed)
-
-
-def play_in(env: ClusterVectorEnv, policy: Policy, seed: int | Sequence[int]) -> list[Records]:
-    """Play the first episode of each lane to its end, and close the environment."""
-    policy.reset(env.num_envs, seed if isinstance(seed, int) else int(seed[0]))
+    first = seed if isinstance(seed, int) else int(seed[0])
+    decisions, rules = roles(policy, scenario, episodes)
+    env = ClusterVectorEnv(
+        len(episodes),
+        scenario,
+        decisions=decisions,
+        rules=rules,
+        episodes=episodes,
+        num_threads=num_threads,
+        copy=False,
+        oracle=policy.needs_oracle,
+    )
+    policy.reset(len(episodes), first)
+    if isinstance(policy, Watcher):
+        policy.watch(env)
     obs, _ = env.reset(seed=seed)
-    records: list[Records | None] = [None] * env.num_envs
+    records: list[Records | None] = [None] * len(episodes)
     while any(r is None for r in records):
         obs, _, terminated, _, _ = env.step(policy.act(obs))
         for lane in np.flatnonzero(terminated):
@@ -82,10 +87,10 @@ def play_in(env: ClusterVectorEnv, policy: Policy, seed: int | Sequence[int]) ->
     return [r for r in records if r is not None]
 
 
-def environment_of(
-    policy: Policy, scenario: Scenario, episodes: Sequence[Episode], num_threads: int
-) -> ClusterVectorEnv:
-    """Lanes that ask a policy what it answers, one for each episode.
+def roles(
+    policy: Policy, scenario: Scenario, episodes: Sequence[Episode]
+) -> tuple[list[str], dict[str, str]]:
+    """What a policy takes of the decisions that can come up, and the built-in rules for the rest.
 
     Raises:
         InputError: where the episodes have no lever that the policy pulls.
@@ -99,14 +104,4 @@ def environment_of(
         raise InputError(policy.name, "decisions", ", ".join(policy.kinds), hint)
     others = set(kinds_of(allowed)) - set(kinds_of(decisions))
     trained_beside = policy.task.rules if isinstance(policy, Trained) else {}
-    rules = {kind: rule for kind, rule in trained_beside.items() if kind in others}
-    return ClusterVectorEnv(
-        len(episodes),
-        scenario,
-        decisions=decisions,
-        rules=rules,
-        episodes=episodes,
-        num_threads=num_threads,
-        copy=False,
-        oracle=policy.needs_oracle,
-    )
+    return decisions, {kind: rule for kind, rule in trained_beside.items() if kind in others}

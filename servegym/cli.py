@@ -79,9 +79,9 @@ def parse(arguments: Sequence[str]) -> Command:
     name = arguments[0]
     if name not in COMMANDS:
         raise InputError("servegym", "command", name, f"choose one of {', '.join(COMMANDS)}")
-    words = 2 if tuple(arguments[:2]) in SPECIAL else 1
-    module = SPECIAL.get(tuple(arguments[:words]), name)  # type: ignore[call-overload]
-    command = import_module(f"servegym.commands.{module}").Command  # late: most commands need no torch
+    special = SPECIAL.get((name, arguments[1] if len(arguments) > 1 else ""))
+    words = 2 if special else 1
+    command = import_module(f"servegym.commands.{special or name}").Command  # late: most commands need no torch
     return tyro.cli(command, prog=f"servegym {' '.join(arguments[:words])}", args=arguments[words:])
 
 

@@ -43,6 +43,7 @@ from servegym.agents.heuristics.victim_least_left import VictimLeastLeft
 from servegym.agents.heuristics.victim_least_left_oracle import VictimLeastLeftOracle
 from servegym.agents.heuristics.victim_lowest_priority import VictimLowestPriority
 from servegym.agents.heuristics.vllm_dp import VllmDP
+from servegym.envs.cluster import schema
 from servegym.errors import InputError
 
 HEURISTICS: dict[str, type[Rule]] = {
@@ -156,4 +157,4 @@ def _parts(name: str) -> dict[str, type[Rule]]:
         if "+" in name and chosen.keys() >= answers.keys():
             raise InputError("heuristics", "name", part, f"in {name} nothing is left for it to answer")
         chosen = answers | chosen
-    return chosen
+    return {kind: chosen[kind] for kind in schema.KINDS if kind in chosen}

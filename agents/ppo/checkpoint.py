@@ -3,7 +3,7 @@
     policy.safetensors      the network's parameters, named as in `servegym.models.layers`
     config.json             what they are, and the SHA-256 of each file of arrays: see `CheckpointInfo`
     optimizer.safetensors   Adam's moments
-    trainer.safetensors     random state, return normaliser, counters, the lanes' observations
+    trainer.safetensors     random state, return normaliser, counters of the trainer and of each lane
     env.safetensors         the environment's lanes, as its `save_state` gives them
 
 A checkpoint without the last three plays and is exported, but cannot be resumed.

@@ -1,8 +1,7 @@
 """Proximal policy optimisation (arXiv 1707.06347) over graph observations and semi-Markov time.
 
 Stands on stable-baselines3 for the training loop, callbacks, logger and progress bar; collection and
-update are its own: observations go straight from the vector environment's buffers into the roll-out's,
-the network is dense and small, and actions are drawn with Gumbel noise.
+update are its own: roll-outs are played inside the lanes, network included, and torch only learns from them.
 """
 
 from __future__ import annotations
@@ -16,33 +15,40 @@ from typing import Any, cast
 import numpy as np
 import torch
 from gymnasium.spaces import Dict
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, safe_mean
 from torch import Tensor
 
-from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer, gae, group_relative
+from servegym.agents.ppo.advantage import gae, group_relative, real_values
+from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer
 from servegym.agents.ppo.checkpoint import CheckpointInfo, read_network, save_checkpoint
 from servegym.agents.ppo.config import PPOConfig
 from servegym.agents.ppo.interrupt import DeferredInterrupt
 from servegym.agents.ppo.policy import NetworkPolicy
 from servegym.agents.ppo.resume import load_state, optimizer_state, trainer_state
+from servegym.agents.ppo.rollout import Collector, make_tally
 from servegym.agents.ppo.tracking import WandbWriter
 from servegym.agents.task import Task
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.errors import InputError
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
+from servegym.models.features import ARRAYS
 
+PHASES = ("collect", "advantage", "update")
 STATISTICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
 
 
 class PPO(OnPolicyAlgorithm):
-    """Trains a `DenseNetwork` on a vector environment with graph observations.
+    """Trains a `DenseNetwork` on a vector environment of clusters.
+
+    Callbacks hear of a roll-out's steps, `on_step` for each, when it has been played.
 
     Args:
-        env: resets lanes in the SAME_STEP mode and reports `elapsed_s`; `copy=False` is welcome.
+        env: resets lanes in the SAME_STEP mode.
         network: size of the network.
         config: hyperparameters.
         seed: of the initial weights, the environment's first reset, sampling and minibatches.
@@ -58,7 +64,7 @@ class PPO(OnPolicyAlgorithm):
 
     def __init__(
         self,
-        env: VectorEnv,
+        env: ClusterVectorEnv,
         network: NetworkConfig | None = None,
         config: PPOConfig | None = None,
         seed: int = 0,
@@ -102,8 +108,8 @@ class PPO(OnPolicyAlgorithm):
         self.buffer = RolloutBuffer(config.n_steps, self.n_envs, space)
         self.rollout_buffer = self.buffer  # type: ignore[assignment]
         self.observation: dict[str, np.ndarray] = {}
-        self.episode_return, self.episode_length = np.zeros(self.n_envs), np.zeros(self.n_envs, np.int64)
-        self._seconds = {"env": 0.0, "policy": 0.0, "update": 0.0}
+        self.tally = make_tally(self.n_envs)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._set_writers(log_dir, track)
 
     def _set_writers(self, log_dir: str | Path | None, track: str | None) -> None:
@@ -119,7 +125,7 @@ class PPO(OnPolicyAlgorithm):
     def resume(
         cls,
         folder: str | Path,
-        env: VectorEnv,
+        env: ClusterVectorEnv,
         log_dir: str | Path | None = None,
         track: str | None = None,
         device: str = "cpu",
@@ -162,8 +168,7 @@ class PPO(OnPolicyAlgorithm):
         )
         states: tuple[Any, Any, Any] = (None, None, None)
         if resumable and self.observation:
-            lanes = self.vector_env.save_state()  # type: ignore[attr-defined]
-            states = optimizer_state(self), trainer_state(self), lanes
+            states = optimizer_state(self), trainer_state(self), self.vector_env.save_state()
         save_checkpoint(folder, info, self.network, *states, extra=extra)
 
     def predict(  # type: ignore[override]
@@ -194,42 +199,49 @@ class PPO(OnPolicyAlgorithm):
             KeyboardInterrupt: after Ctrl-C.
         """
         if not self.observation:
-            self.observation, _ = self.vector_env.reset(seed=self.seed)
+            self.vector_env.reset(seed=self.seed)
+            self.look()
         self._last_obs = self.observation  # so that stable-baselines3 does not reset again
         remaining = total_timesteps - self.num_timesteps
         threads, workers = torch.get_num_threads(), ThreadPoolExecutor(self.config.num_threads)
         torch.set_num_threads(1)
+        self._collector = Collector(
+            self.vector_env, self.network.config, self.config.num_threads, self.seed or 0
+        )
         try:
             with DeferredInterrupt() as self._interrupt, workers as self._workers:
                 super().learn(remaining, callback, log_interval, "PPO", False, progress_bar)
         finally:
+            self._collector.close()
             torch.set_num_threads(threads)
         return self
 
+    def look(self) -> None:
+        """Let `observation` be the lanes' open questions, in the environment's own memory."""
+        frame = self.vector_env.lanes().frame
+        self.observation = {name: getattr(frame, name) for name in ARRAYS}
+
     def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, n_rollout_steps: int) -> bool:
-        """Play `n_rollout_steps` decisions in every lane and estimate their advantages.
+        """Play `n_rollout_steps` decisions a lane and estimate their advantages.
 
         Returns:
             False where training is to stop: after Ctrl-C, or because a callback says so.
         """
         if self._interrupt.pending:
             return False
-        started, in_env = time.perf_counter(), 0.0
+        started = time.perf_counter()
         callback.on_rollout_start()
-        for step in range(n_rollout_steps):
-            actions = self._decide(step)
-            entered = time.perf_counter()
-            self.observation, rewards, terminated, truncated, info = env.step(actions)
-            in_env += time.perf_counter() - entered
-            self._store(step, rewards, terminated, truncated, info)
-            self.num_timesteps += env.num_envs
+        weights = {name: p.detach().cpu().numpy() for name, p in self.network.state_dict().items()}
+        self._collector.run(weights, self.buffer.obs, self.buffer.steps, self.tally)
+        collected = time.perf_counter()
+        self._estimate()
+        self._seconds["collect"] += collected - started
+        self._seconds["advantage"] += time.perf_counter() - collected
+        for _ in range(n_rollout_steps):
+            self.num_timesteps += self.n_envs
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-        self._estimate()
-        self._seconds["env"] += in_env
-        self._seconds["policy"] += time.perf_counter() - started - in_env
-        callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
@@ -263,69 +275,24 @@ class PPO(OnPolicyAlgorithm):
         total = max(sum(self._seconds.values()), 1e-9)
         for phase, seconds in self._seconds.items():
             self.logger.record(f"time/{phase}", seconds / total)
-        self.logger.record("time/collect", (self._seconds["env"] + self._seconds["policy"]) / total)
         self.logger.dump(step=self.num_timesteps)
         self._seconds = dict.fromkeys(self._seconds, 0.0)
 
-    def _decide(self, step: int) -> np.ndarray:
-        """Draw an answer for each lane: the Gumbel-max trick over finite log-probabilities."""
-        buffer = self.buffer
-        log_probs, values = self._evaluate(buffer.put(step, self.observation))
-        uniform = torch.empty(log_probs.shape).exponential_(generator=self.generator)
-        actions = (log_probs - uniform.clamp_(min=1e-30).log_()).argmax(1)
-        buffer.actions[step] = actions
-        buffer.log_probs[step] = log_probs.gather(1, actions[:, None])[:, 0]
-        buffer.values[step] = values
-        return buffer.actions[step]
-
-    def _evaluate(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:
-        """Log-probabilities, and values in the units of the reward."""
-        with torch.no_grad():
-            logits, values = self.network({name: rows.to(self.device) for name, rows in obs.items()})
-            log_probs = torch.log_softmax(logits, -1).cpu()
-        return log_probs, self.normalizer.mean + self.normalizer.std * values.double().cpu().numpy()
-
-    def _store(
-        self,
-        step: int,
-        rewards: np.ndarray,
-        terminated: np.ndarray,
-        truncated: np.ndarray,
-        info: Mapping[str, Any],
-    ) -> None:
-        buffer = self.buffer
-        buffer.rewards[step] = rewards
-        buffer.elapsed_s[step] = info["elapsed_s"]
-        buffer.ends[step] = ends = terminated | truncated
-        buffer.next_values[step] = 0.0
-        cut = np.flatnonzero(truncated & ~terminated)
-        if len(cut):
-            final = {name: torch.from_numpy(info["final_obs"][name][cut]) for name in buffer.obs}
-            buffer.next_values[step, cut] = self._evaluate(final)[1]
-        self.episode_return += rewards
-        self.episode_length += 1
-        for lane in np.flatnonzero(ends):
-            episode = {"r": self.episode_return[lane], "l": self.episode_length[lane]}
-            self.ep_info_buffer.append(episode)  # type: ignore[union-attr]
-        self.episode_return[ends] = 0.0
-        self.episode_length[ends] = 0
-
     def _estimate(self) -> None:
         """Advantages, and targets for the value head in units of the returns seen so far."""
-        buffer = self.buffer
-        if not (np.isfinite(buffer.rewards).all() and np.isfinite(buffer.values).all()):
+        buffer, steps, scale = self.buffer, self.buffer.steps, self.normalizer
+        if not (np.isfinite(steps.rewards).all() and np.isfinite(steps.values).all()):
             raise InputError("environment", "rewards, values", "not finite", "a bad reward or observation")
-        last = self._evaluate({name: torch.from_numpy(self.observation[name]) for name in buffer.obs})[1]
-        following = np.concatenate([buffer.values[1:], last[None]])
-        np.copyto(buffer.next_values, following, where=~buffer.ends)
-        steps = (buffer.rewards, buffer.values, buffer.next_values, buffer.elapsed_s, buffer.ends)
-        advantages = gae(*steps, self.config.beta, self.config.gae_horizon_s)
-        returns = buffer.values + advantages
-        explained = explained_variance(buffer.values.ravel(), returns.ravel())
+        for r, length in zip(steps.returns[steps.lengths > 0], steps.lengths[steps.lengths > 0], strict=True):
+            self.ep_info_buffer.append({"r": r, "l": length})  # type: ignore[union-attr]
+        values, next_values = real_values(steps, self.tally, scale.mean, scale.std)
+        advantages = gae(steps, values, next_values, self.config.beta, self.config.gae_horizon_s)
+        returns = values + advantages
+        explained = explained_variance(values.ravel(), returns.ravel())
         self.logger.record("losses/explained_variance", explained)
         self._rescale_values(returns)
-        buffer.targets[:] = (returns - self.normalizer.mean) / self.normalizer.std
-        advantages = group_relative(advantages, getattr(self.vector_env, "group_size", 1))
+        buffer.targets[:] = (returns - scale.mean) / scale.std
+        advantages = group_relative(steps, advantages, self.vector_env.group_size)
         buffer.advantages[:] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     def _rescale_values(self, returns: np.ndarray) -> None:

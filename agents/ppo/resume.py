@@ -30,13 +30,11 @@ def optimizer_state(model: PPO) -> dict[str, np.ndarray]:
 
 
 def trainer_state(model: PPO) -> dict[str, np.ndarray]:
-    """Random state, normaliser, counters, and what the lanes look like now."""
-    observation = {f"observation.{name}": model.observation[name] for name in model.buffer.obs}
-    return observation | {
+    """Random state, normaliser, and counters."""
+    return {
         "generator": model.generator.get_state().numpy(),
         "normalizer": model.normalizer.state(),
-        "episode_return": model.episode_return,
-        "episode_length": model.episode_length,
+        **model.tally._asdict(),
         "updates": np.array([model._n_updates]),
     }
 
@@ -60,11 +58,11 @@ def load_state(model: PPO, folder: Path) -> None:
         }
 
     arrays = read_arrays(folder / TRAINER, info)
-    model.observation = {name: rows[0].copy() for name, rows in model.buffer.obs.items()}
     check_arrays(folder / TRAINER, arrays, trainer_state(model))
-    model.observation = {name: arrays[f"observation.{name}"] for name in model.observation}
     model.generator.set_state(torch.from_numpy(arrays["generator"]))
     model.normalizer.load(arrays["normalizer"])
-    model.episode_return, model.episode_length = arrays["episode_return"], arrays["episode_length"]
+    for name, array in model.tally._asdict().items():
+        array[:] = arrays[name]
     model._n_updates = int(arrays["updates"][0])
-    model.vector_env.load_state(read_arrays(folder / ENV, info))  # type: ignore[attr-defined]
+    model.vector_env.load_state(read_arrays(folder / ENV, info))
+    model.look()

@@ -16,16 +16,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from servegym.agents.play import environment_of, play_in
 from servegym.agents.policy import Observation
 from servegym.agents.search.branch import OBJECTIVES, Search, search_lanes
-from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.lane import AGENT
 from servegym.envs.cluster.rules import RULES, plays
 from servegym.envs.cluster.state import DISPATCH, NEVER, OWNED
 from servegym.envs.cluster.vector import ClusterVectorEnv
-from servegym.envs.records import Records
-from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 
 # What the stock system does with the kinds that a set of rules does not name.
@@ -84,36 +80,28 @@ class Lookahead:
         self._objective = OBJECTIVES.index(objective)
         self._horizon = int(NEVER) if horizon is None else horizon
         self._width = int(NEVER) if width is None else width
-        self._env: ClusterVectorEnv | None = None
+        self._answers = np.zeros(0, np.int64)
 
     def watch(self, env: ClusterVectorEnv) -> None:
         """Answer for the lanes of this environment from now on; allocates a second lane for each.
 
         Questions that the environment leaves to its own rules are left to them behind an answer, too.
         """
-        world, frame = env._world, env._frame
-        self._env = env
+        world, frame, *_, own = env.lanes()
+        self._crew, self._world = env._crew, world
         self._scratch = world._replace(**{name: np.zeros_like(getattr(world, name)) for name in OWNED})
         # Branches read no oracle, so it is neither copied nor observed there.
         self._seen = frame._replace(oracle=np.zeros((env.num_envs, 0)))
         self._frame = self._seen._replace(**{name: a.copy() for name, a in self._seen._asdict().items()})
-        asked = env._rules.plays == AGENT
-        rules = np.where(asked, self._behind, env._rules.plays)
-        params = np.where(asked[:, None], self._params, env._rules.params)
+        asked = own.plays == AGENT
+        rules = np.where(asked, self._behind, own.plays)
+        params = np.where(asked[:, None], self._params, own.params)
         played = rules.copy()
         played[:, DISPATCH] = AGENT
         self._search = Search(self._objective, self._horizon, self._width, rules, played, params)
         self.scores = np.full(frame.mask.shape, -np.inf)
         self._rank = self.scores.copy()
         self._answers = np.zeros(env.num_envs, np.int64)
-
-    def play(
-        self, scenario: Scenario, episodes: Sequence[Episode], num_threads: int, seed: int
-    ) -> list[Records]:
-        """Records of each episode; see `servegym.agents.play.play`, which calls this."""
-        env = environment_of(self, scenario, episodes, num_threads)
-        self.watch(env)
-        return play_in(env, self, seed)
 
     def reset(self, lanes: int, seed: int) -> None:
         """Nothing to forget."""
@@ -127,11 +115,11 @@ class Lookahead:
         Raises:
             InputError: no environment is watched, or `obs` is of another number of lanes.
         """
-        if self._env is None or len(obs["mask"]) != len(self._answers):
-            lanes = 0 if self._env is None else len(self._answers)
-            raise InputError(self.name, "lanes", len(obs["mask"]), f"it watches {lanes}: call watch(env)")
-        self._env._crew.run(
-            search_lanes, self._env._world, self._seen, self._scratch, self._frame, self._search, self.scores,
+        if len(obs["mask"]) != len(self._answers):
+            hint = f"it watches {len(self._answers)}: call watch(env)"
+            raise InputError(self.name, "lanes", len(obs["mask"]), hint)
+        self._crew.run(
+            search_lanes, self._world, self._seen, self._scratch, self._frame, self._search, self.scores,
             self._rank, self._answers,
         )  # fmt: skip
         return self._answers.copy()

@@ -68,9 +68,14 @@ def kinds_of(decisions: Sequence[str]) -> tuple[str, ...]:
     return tuple(kind for name in decisions for kind in QUESTIONS.get(name, (name,)))
 
 
-def request_rows(decisions: Sequence[str]) -> int:
-    """Request rows R of the observation: a dispatch is about one request, other questions about several."""
-    return 1 if tuple(decisions) == ("dispatch",) else OFFERS
+def request_rows(decisions: Sequence[str], rules: Mapping[str, str]) -> int:
+    """Request rows R of the observation: a dispatch is about one request, other questions about several.
+
+    Other questions than dispatches are asked where the agent takes them or a rule beyond the stock system's
+    answers them, which reads them in the same arrays.
+    """
+    asked = set(kinds_of(decisions)) | {kind for kind, rule in rules.items() if rule != RULES[kind][1]}
+    return 1 if asked <= {"dispatch"} else OFFERS
 
 
 def check_rules(

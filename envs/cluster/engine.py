@@ -154,8 +154,10 @@ def _compute_prompt(world, l, i, r, past, chunk, goal):
 
 
 @inlined
-def _join_migrated(world, l, i, free_sequences):
+def _join_migrated(world, l, i):
     """The request that has migrated here computes its next token, if there is room.
+
+    Its sequence has been kept free for it since the migration began.
 
     Returns:
         its KV tokens so far, or 0 where nobody joins.
@@ -164,7 +166,7 @@ def _join_migrated(world, l, i, free_sequences):
     lane = world.lane[l]
     r, tokens = inst.joiner, inst.joiner_kv
     need = blocks_of(setting_of(world, l, i).block_tokens, tokens + 1) - inst.joiner_blocks
-    if r == NONE or free_sequences <= 0 or need > inst.free:
+    if need > inst.free:
         return 0
     inst.free -= need
     inst.joiner = NONE
@@ -287,7 +289,7 @@ def schedule(world, l, i, now, seen, leaving):
         sequences += 1
         _compute_prompt(world, l, i, inst.part, inst.part_done, chunk, inst.part_goal)
     if inst.joiner != NONE and tokens < budget:
-        past = _join_migrated(world, l, i, setting.max_seqs - sequences - leaving)
+        past = _join_migrated(world, l, i)
         if past:
             attention += prefill_ps(world, p, 1, past)
             longest = max(longest, 1)

@@ -56,8 +56,8 @@ class ClusterEnv(gymnasium.Env):
 
     ## Observation Space
     A `Dict`; `servegym.envs.cluster.schema` names every feature, its unit and where a deployment reads it. I
-    is the number of instances of the scenario's largest fleet. Where the agent takes dispatches only, R = 1
-    and C = I + 1; otherwise R = 8 and C = max(I + 1, 17).
+    is the number of instances of the scenario's largest fleet. Where the agent takes dispatches only and the
+    stock system does the rest, R = 1 and C = I + 1; otherwise R = 8 and C = max(I + 1, 17).
 
     | key | shape | dtype | what |
     |---|---|---|---|
@@ -208,10 +208,10 @@ class DispatchEnv(ClusterEnv):
 
     ## Description
     A `ClusterEnv` whose agent takes dispatches only: at every arrival it is asked where the request goes. All
-    that is not said here stands there. R = 1 and C = I + 1.
+    that is not said here stands there.
 
     ## Action Space
-    `Discrete(I + 1)`. 0 leaves the choice to the default rule (fewest requests in flight, lowest index on
+    `Discrete(C)`. 0 leaves the choice to the default rule (fewest requests in flight, lowest index on
     ties), k >= 1 sends the request to instance k - 1. An answer is legal where the instance exists, does not
     drain, and its KV memory can hold the request.
 

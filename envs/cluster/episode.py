@@ -13,7 +13,7 @@ from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.generators import GENERATORS, generate
 from servegym.envs.workloads.predict import predicted_output_tokens
 from servegym.envs.workloads.traces import load
-from servegym.envs.workloads.transforms import assign, head, scale_rate, slice_rows
+from servegym.envs.workloads.transforms import assign, head, prioritise, scale_rate, slice_rows
 from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
 
@@ -107,6 +107,10 @@ def fleets_of(scenario: Scenario) -> list[ClusterSpec]:
         )
         fleets.append(_drained(fleet, scenario.drain))
     most = max(len(fleet) for fleet in fleets)
+    for fleet in fleets:
+        if all(spec.drain_at_s is not None for spec in fleet.instances):
+            hint = f"every instance of {fleet.name} drains; leave one that takes requests"
+            raise InputError(f"scenario {scenario.name}", "drain", list(scenario.drain), hint)
     for number in scenario.drain:
         if int(number) >= most:
             hint = f"the largest fleet has instances 0..{most - 1}"
@@ -134,10 +138,11 @@ def sample_workload(scenario: Scenario) -> Workload:
 
 def _check_classes(scenario: Scenario, sample: Workload) -> None:
     names = tuple(scenario.classes) or sample.class_names
-    for name in scenario.class_slo:
-        if name not in names:
-            hint = f"the workload's classes are {', '.join(names)}"
-            raise InputError(f"scenario {scenario.name}", "class_slo", name, hint)
+    for field in ("class_slo", "class_priority"):
+        for name in getattr(scenario, field):
+            if name not in names:
+                hint = f"the workload's classes are {', '.join(names)}"
+                raise InputError(f"scenario {scenario.name}", field, name, hint)
 
 
 class _Source:
@@ -170,11 +175,11 @@ class _Source:
             # The slow swings of a rate are longer than an episode: without this its load would be anything
             # from half to twice what was drawn. Think times of sessions are left as they are.
             drawn = scale_rate(drawn, rate_rps)
-        if not (scenario.classes or scenario.priorities):
-            return drawn
-        levels = {int(level): share for level, share in scenario.priorities.items()}
-        seed = int(rng.integers(2**31))
-        return assign(drawn, classes=scenario.classes or None, priorities=levels or None, seed=seed)
+        if scenario.classes or scenario.priorities:
+            levels = {int(level): share for level, share in scenario.priorities.items()}
+            seed = int(rng.integers(2**31))
+            drawn = assign(drawn, classes=scenario.classes or None, priorities=levels or None, seed=seed)
+        return prioritise(drawn, scenario.class_priority) if scenario.class_priority else drawn
 
     def _load(self, rate_rps: float) -> Workload:
         scenario = self._scenario

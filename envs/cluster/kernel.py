@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ _ROOM = Path(__file__).resolve().parent.parent
 _CONFIG: Any = numba.config  # a module that makes its names as it is imported
 
 
-def _cache_folder() -> str:
+def _cache_folder(more: Sequence[str]) -> str:
     """Folder of the compiled kernels of exactly these sources, and of the constants that they compile in."""
     digest = hashlib.sha256(numba.__version__.encode())
     sources = [*(_ROOM / "cluster").rglob("*.py"), _ROOM / "costs" / "model.py", _ROOM / "scenario.py"]
-    for path in sorted(sources):
+    for path in [*sorted(sources), *map(Path, more)]:
         digest.update(path.read_bytes())
     return str(_cache_root() / digest.hexdigest()[:16])
 
@@ -42,14 +42,11 @@ def _cache_root() -> Path:
     return Path(tempfile.mkdtemp(prefix="servegym-"))
 
 
-_FOLDER = _cache_folder()
-
-
-def _compiled(**options: Any) -> Callable[[Callable], Any]:
+def _compiled(folder: str, **options: Any) -> Callable[[Callable], Any]:
     def decorate(function: Callable) -> Any:
         # The cache folder is chosen when a function is decorated; other users of numba keep theirs.
         before = _CONFIG.CACHE_DIR
-        _CONFIG.CACHE_DIR = _FOLDER
+        _CONFIG.CACHE_DIR = folder
         try:
             return numba.njit(cache=True, error_model="numpy", **options)(function)
         finally:
@@ -58,7 +55,14 @@ def _compiled(**options: Any) -> Callable[[Callable], Any]:
     return decorate
 
 
-# Without numba's runtime (`_nrt`) no references are counted: kernels cannot allocate, and passing the world
-# costs nothing. NumPy's error model leaves out the checks for division by zero; every divisor is >= 1.
-kernel = _compiled(_nrt=False, nogil=True)
-inlined = _compiled(_nrt=False, nogil=True, forceinline=True)
+def decorators(*sources: str) -> tuple[Callable[[Callable], Any], Callable[[Callable], Any]]:
+    """`kernel` and `inlined` for a file whose kernels call those of these files too, beside this room's.
+
+    Without numba's runtime (`_nrt`) no references are counted: kernels cannot allocate, and passing the world
+    costs nothing. NumPy's error model leaves out the checks for division by zero; every divisor is >= 1.
+    """
+    folder = _cache_folder(sources)
+    return _compiled(folder, _nrt=False, nogil=True), _compiled(folder, _nrt=False, nogil=True, forceinline=True)
+
+
+kernel, inlined = decorators()

@@ -6,6 +6,8 @@ can be played and an agent can mix them. Offers stand in `World.offer`, one requ
 
 from __future__ import annotations
 
+import numpy as np
+
 from servegym.envs.cluster.kernel import kernel
 from servegym.envs.cluster.migration import bring_up, can_move, default_mover, freeness, is_engaged
 from servegym.envs.cluster.running import position
@@ -260,10 +262,16 @@ def offer_sources(world, l):
 
 
 @kernel
+def source_of(world, l, a):
+    """The instance of the source that is offered as number a."""
+    return np.int64(world.req[l, world.offer[l, a]].instance)
+
+
+@kernel
 def has_pair(world, l):
     """Whether any pair of instances that would be offered now is legal."""
     for a in range(offer_sources(world, l)):
-        s = world.req[l, world.offer[l, a]].instance
+        s = source_of(world, l, a)
         d = next_destination(world, l, NONE)
         for _ in range(DESTINATIONS):
             if d == NONE:

@@ -17,6 +17,8 @@ router's book-keeping. `oracle` is the output truly to come of the request that 
 
 from __future__ import annotations
 
+import numpy as np
+
 from servegym.envs.cluster import prefix
 from servegym.envs.cluster.kernel import kernel
 from servegym.envs.cluster.memory import blocks_of, setting_of
@@ -60,6 +62,7 @@ from servegym.envs.cluster.offers import (
     offer_sources,
     offer_victims,
     progress,
+    source_of,
 )
 from servegym.envs.cluster.preemption import can_swap, default_victim, swap_ps
 from servegym.envs.cluster.scrape import steps_done
@@ -93,7 +96,7 @@ def observe(world, frame, l):
 def _request(world, frame, l, k, r):
     """Write row k: request r, and how it fares where it is."""
     write_request(world, frame, l, k, r)
-    i = world.req[l, r].instance
+    i = np.int64(world.req[l, r].instance)
     streamed, tokens, runs = progress(world, l, i, r)
     node = frame.requests[l, k]
     node[STREAMED] = streamed
@@ -119,7 +122,7 @@ def _candidate(frame, l, c, k, i, source):
 def _truth(world, frame, l, c, r):
     """The oracle of an answer about request r: output tokens to come."""
     if frame.oracle.shape[1]:
-        streamed = progress(world, l, world.req[l, r].instance, r)[0]
+        streamed = progress(world, l, np.int64(world.req[l, r].instance), r)[0]
         frame.oracle[l, c] = world.row[world.lane[l].first_row + r].output - streamed
 
 
@@ -132,7 +135,7 @@ def _observe_preempt(world, frame, l):
     victim = default_victim(world, l, i)
     default = 0
     for k in range(offer_victims(world, l, i)):
-        r = world.offer[l, k]
+        r = np.int64(world.offer[l, k])
         _request(world, frame, l, k, r)
         tokens = progress(world, l, i, r)[1]
         _victim(world, frame, l, 1 + 2 * k, k, r, 0)
@@ -185,8 +188,7 @@ def _shared_blocks(world, l, i, r):
 @kernel
 def _observe_migrate(world, frame, l):
     for a in range(offer_sources(world, l)):
-        r = world.offer[l, a]
-        s = world.req[l, r].instance
+        r, s = np.int64(world.offer[l, a]), source_of(world, l, a)
         _request(world, frame, l, a, r)
         d = next_destination(world, l, NONE)
         for b in range(DESTINATIONS):
@@ -196,14 +198,14 @@ def _observe_migrate(world, frame, l):
                 _move(world, frame, l, 1 + DESTINATIONS * a + b, a, r, s, d)
             d = next_destination(world, l, d)
     frame.edges[l, 0, IS_DEFAULT] = 1.0
-    frame.candidates[l, 0, 1] = world.req[l, world.offer[l, 0]].instance
+    frame.candidates[l, 0, 1] = source_of(world, l, 0)
 
 
 @kernel
 def _observe_move(world, frame, l):
     s, d = world.lane[l].asker, world.lane[l].target
     for k in range(offer_movers(world, l, s, d)):
-        r = world.offer[l, k]
+        r = np.int64(world.offer[l, k])
         _request(world, frame, l, k, r)
         _move(world, frame, l, 1 + k, k, r, s, d)
     set_default(frame, l, 1)

@@ -261,12 +261,15 @@ class Instance:
         self.start(now, plan)
 
     def join(self, plan: list[tuple[Request, int]], budget: int) -> None:
-        """The request that has migrated to here computes its next token, behind the KV that it brought."""
+        """The request that has migrated to here computes its next token, behind the KV that it brought.
+
+        `seats` has kept a sequence for it since its migration began.
+        """
         r = self.joiner
         if r is None or sum(new for _, new in plan) == budget:
             return
         blocks = self.blocks_of(r.tokens)
-        if len(self.running) + len(self.leaving) == self.max_seqs or blocks - self.reserved > self.free:
+        if blocks - self.reserved > self.free:
             return
         self.joiner, self.reserved = None, 0
         self.running.append(r)

@@ -85,21 +85,21 @@ def apply(world, frame, l, choice):
     """Give effect to candidate `choice`, which is legal, of the open question that `frame` shows."""
     lane = world.lane[l]
     kind = lane.question
-    row, instance = frame.candidates[l, choice, 0], frame.candidates[l, choice, 1]
+    row, instance = frame.candidates[l, choice, 0], np.int64(frame.candidates[l, choice, 1])
     if kind == DISPATCH:
         dispatch(world, l, instance)
     elif kind == MIGRATE:
         if choice:
-            take_pair(world, l, frame.candidates[l, choice, 2], instance)
+            take_pair(world, l, np.int64(frame.candidates[l, choice, 2]), instance)
         else:
             close_tick(world, l)
     elif kind == MOVE:
-        move(world, l, world.offer[l, row])
+        move(world, l, np.int64(world.offer[l, row]))
     elif kind == PREEMPT:
         i = lane.asker
         r, by_swap = default_victim(world, l, i), world.setting[lane.fleet, i].by_swap
         if choice:
-            r, by_swap = world.offer[l, row], frame.edges[l, choice, SWAP] > 0.0
+            r, by_swap = np.int64(world.offer[l, row]), frame.edges[l, choice, SWAP] > 0.0
         preempt(world, l, i, r, by_swap, lane.now)
         lane.question = NONE
     else:
@@ -125,7 +125,7 @@ def run_to_question(world, frame, l, rules):
             close_tick(world, l)
             continue
         if kind == MOVE and offer_movers(world, l, lane.asker, lane.target) < 2:
-            move(world, l, world.offer[l, 0])
+            move(world, l, np.int64(world.offer[l, 0]))
             continue
         observe(world, frame, l)
         rule = rules.plays[kind]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -26,9 +26,11 @@ from servegym.envs.cluster.schema import most_candidates
 from servegym.envs.cluster.simulate import records_of
 from servegym.envs.cluster.spaces import observation_space
 from servegym.envs.cluster.spec import parse_cluster
-from servegym.envs.cluster.state import NEVER, OWNED, PS
+from servegym.envs.cluster.state import NEVER, OWNED, PS, World
 from servegym.envs.cluster.steps import (
+    Finished,
     Rules,
+    Transition,
     begin_lanes,
     first_illegal,
     make_finished,
@@ -44,6 +46,16 @@ BANK = 64  # episodes drawn from a scenario where none are given
 BANK_SEED = 0
 
 Scenarios = Scenario | str | Sequence[Scenario | str]
+
+class Lanes(NamedTuple):
+    """What the kernels of `steps` take: the environment's own memory, for roll-outs that stay inside a kernel."""
+
+    world: World
+    frame: Frame
+    final: Frame
+    finished: Finished
+    out: Transition
+    rules: Rules
 
 
 class ClusterVectorEnv(VectorEnv):
@@ -125,7 +137,7 @@ class ClusterVectorEnv(VectorEnv):
         self._take(bank, decisions, rules)
         fleets = [parse_cluster(text) for s in self.scenarios for text in s.clusters]
         self.num_instances = max(*map(len, fleets), *(len(e.cluster) for e in bank))
-        size = (self.num_instances, request_rows(self.decisions))
+        size = (self.num_instances, request_rows(self.decisions, self.rules))
         self.single_observation_space = observation_space(*size, oracle=oracle)
         self._names = tuple(self.single_observation_space.spaces)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -206,6 +218,10 @@ class ClusterVectorEnv(VectorEnv):
             info["_final_obs"] = info["_final_info"] = ended
         observation = self._observation(self._frame)
         return observation, out.reward.copy(), out.terminated.copy(), out.truncated.copy(), info
+
+    def lanes(self) -> Lanes:
+        """The memory of the lanes; whoever steps them there finds the next questions in `frame`."""
+        return Lanes(self._world, self._frame, self._final, self._finished, self._out, self._rules)
 
     def records(self, lane: int) -> Records:
         """Records of the latest episode that a lane has finished.

@@ -75,7 +75,7 @@ class Command(Setup):
     env: str | None = None
     """Refuse agents that are not for this environment; each knows its own."""
     policies: tuple[str, ...] = ()
-    """Heuristics to compare with (see `servegym heuristics`); by default all that the scenario has a use for."""
+    """Heuristics to compare with (see `servegym heuristics`); by default all of use in the scenario."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
     """Offered loads as fractions of the fleet's saturation throughput on the workload."""
     rates: tuple[float, ...] = ()

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import gymnasium
 import numpy as np
 import tyro
 
 from servegym.agents.heuristics import make_heuristic
+from servegym.agents.play import roles
 from servegym.agents.policy import Observation, Policy
+from servegym.envs.cluster.env import ClusterEnv
 from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.timeline import record_timeline
 from servegym.errors import InputError
@@ -47,15 +48,21 @@ class Command(Setup):
         check_seed("timeline", self.seed)
         if Path(self.output).is_dir():
             raise InputError("timeline", "output", self.output, "is a folder; give a file")
-        scenario = self.resolve()
+        scenario, *others = self.resolve()
+        if others:
+            raise InputError("timeline", "scenario", self.scenario, "give one")
         if scenario.requests > MOST_REQUESTS:
             raise InputError("timeline", "requests", scenario.requests, f"at most {MOST_REQUESTS}")
         policy = load_agent(self.trained_agent) if self.trained_agent else make_heuristic(self.policy)
         episode = make_episodes(scenario, 1, self.seed)[0]
-        env = gymnasium.make(self.env, scenario=scenario, episodes=[episode], oracle=policy.needs_oracle)
+        # A rule answers 0 to questions of other kinds, which then are on the picture, too; a network cannot.
+        decisions, rules = roles(policy, scenario, [episode]) if self.trained_agent else (None, None)
+        env = ClusterEnv(
+            scenario, decisions=decisions, rules=rules, episodes=[episode], oracle=policy.needs_oracle
+        )
         policy.reset(1, self.seed)
         names = [instance.profile for instance in episode.cluster.instances]
-        trace = record_timeline(env.unwrapped, _alone(policy), names, seed=self.seed)
+        trace = record_timeline(env, _alone(policy), names, seed=self.seed)
         write_text(Path(self.output), json.dumps(trace, allow_nan=False, separators=(",", ":")) + "\n")
         say(f"{policy.name} on {episode.cluster.name}, {len(episode.workload)} requests: {self.output}")
         say("open it at https://ui.perfetto.dev")

@@ -176,9 +176,9 @@ def test_tuning_plays_other_episodes_and_the_comparison_what_was_tuned(tmp_path,
         drawn.append((scenario.workload, setting.load, seeds, seed))
         return episodes_of(scenario, setting, seeds, seed)
 
-    def watched(rule, score, seed):
-        score(rule())
-        tried.append(rule.name)
+    def watched(name, score, seed):
+        score(make_heuristic(name))
+        tried.append(name)
         return {"waiting_weight": 16.0}
 
     monkeypatch.setattr("servegym.commands.evaluate.episodes_of", spy)

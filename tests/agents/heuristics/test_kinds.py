@@ -16,7 +16,7 @@ def answer(name, obs, **params) -> int:
     return int(rule.act(obs)[0])
 
 
-# Rows: newest admission, largest KV, lowest priority; recompute and swap of each. The last has no host memory.
+# Rows: newest admission, largest KV, lowest priority; recompute and swap of each, but no swap of the last.
 VICTIMS = {
     1: {"prefill_s": 0.30},
     2: {"copy_s": 0.40, "swap": 1},
@@ -85,7 +85,7 @@ FLEET = {
 }
 # Sources 0 and 1 (rows 0 and 1), destinations 2 and 3.
 PAIRS = {1: (0, 2, 0), 2: (0, 3, 0), 5: (1, 2, 1), 6: (1, 3, 1)}
-LEGAL = dict.fromkeys(PAIRS, {})
+LEGAL: dict[int, dict] = {k: {} for k in PAIRS}
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,8 @@ def test_idle_instances_take_and_draining_ones_give(ask):
 def test_the_artifact_takes_from_whom_it_preempted(ask):
     roomy = FLEET | {"kv_usage": [0.2, 0.2, 0.5, 0.3], "inflight_context_tokens": [2000, 2000, 5000, 3000]}
     preempted = roomy | {"preemptions": [1, 0, 0, 0]}
-    assert (
-        answer("migrate_llumnix", ask("migrate", LEGAL, instances=roomy, pairs=PAIRS), mode="artifact") == 0
-    )
+    obs = ask("migrate", LEGAL, instances=roomy, pairs=PAIRS)
+    assert answer("migrate_llumnix", obs, mode="artifact") == 0
     obs = ask("migrate", LEGAL, instances=preempted, pairs=PAIRS)
     assert answer("migrate_llumnix", obs, mode="artifact") == 2
     assert answer("migrate_llumnix", obs, mode="paper") == 0
@@ -207,7 +206,7 @@ def test_published_parameters_are_the_models(name):
     np.testing.assert_array_equal(rule.row(), rules.DEFAULT_PARAMS[kind][rules.RULES[kind].index(rule.rule)])
 
 
-def test_lanes_with_different_questions_are_answered_alone(ask, observe):
+def test_lanes_with_different_questions_are_answered_alone(ask):
     """One batch of four kinds, as a Cluster environment asks; wider than a dispatch needs."""
     dispatch = ask("preempt", {})
     dispatch["kind"][0] = schema.KINDS.index("dispatch")
@@ -238,7 +237,7 @@ def test_lanes_with_different_questions_are_answered_alone(ask, observe):
         assert all(first > 0 and rest == [0, 0, 0] for first, *rest in act(name))
 
 
-def test_vllm_dp_forgets_nothing_while_others_are_asked(ask, observe):
+def test_vllm_dp_forgets_nothing_while_others_are_asked(observe):
     """Between two dispatches an instance asks; its lane keeps what was sent since the scrape."""
     rule = make_heuristic("vllm_dp")
     rule.reset(1, 0)

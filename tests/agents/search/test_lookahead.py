@@ -139,9 +139,11 @@ def test_leaves_the_lanes_and_the_observation_untouched(scenario):
     look.watch(env)
     obs, _ = env.reset(seed=0)
     for _ in range(5):
-        before = [getattr(env._world, name).copy() for name in OWNED] + [a.copy() for a in env._frame]
+        before = [getattr(env.lanes().world, name).copy() for name in OWNED] + [
+            a.copy() for a in env.lanes().frame
+        ]
         answer = look.act(obs)
-        after = [getattr(env._world, name) for name in OWNED] + list(env._frame)
+        after = [getattr(env.lanes().world, name) for name in OWNED] + list(env.lanes().frame)
         for a, b in zip(before, after, strict=True):
             np.testing.assert_array_equal(a, b)
         obs, *_ = env.step(answer)

@@ -42,9 +42,20 @@ def instance(toy_instance, tmp_path):
     return make
 
 
-def play(instances, arrived_ms, prompt, output, dispatch, *, moves=MOVES, budget_period_s=0.0, **answers):
-    """Play requests on instances; request k goes to instance dispatch[k]."""
-    workload = make_workload("walk", np.array(arrived_ms) / 1000, prompt, output)
+def play(
+    instances,
+    arrived_ms,
+    prompt,
+    output,
+    dispatch,
+    *,
+    moves=MOVES,
+    budget_period_s=0.0,
+    columns=None,
+    **answers,
+):
+    """Play requests, with further columns, on instances; request k goes to instance dispatch[k]."""
+    workload = make_workload("walk", np.array(arrived_ms) / 1000, prompt, output, **(columns or {}))
     cluster = ClusterSpec("walk", tuple(instances), migration=moves, budget_period_s=budget_period_s)
     world = build_world([Episode(workload, cluster, workload.output_tokens)], 1)
     played = ReferenceCluster(world, 0, lambda _, r: dispatch[r.number], **answers)
@@ -92,6 +103,29 @@ def test_what_the_host_has_no_room_for_is_recomputed(instance):
     assert older.finished == ms(37 + 4 * 11)
     assert younger.finished == older.finished + ms((10 + 9) + 4 * 11)  # 8 prompt tokens and one streamed
     assert (younger.preemptions, younger.lost) == (1, 8)
+
+
+def test_what_the_prefix_cache_holds_does_not_come_back_from_the_host(instance):
+    """The second swaps out 7 prompt tokens at 54, and waits for the third, which is more urgent.
+
+    The first holds 5 of 8 blocks from 36 until 71; the second has computed 7 tokens beside it, and 7 more do
+    not fit. The third finds the first of the same 6 prefix blocks and computes 8 + 8 + 4 tokens. In its last
+    iteration, from 107, all 6 are there; 5 of them end before the second's last prompt token, so that it has
+    4 tokens left, which the budget has room for, and nothing to copy.
+    """
+    engine = instance(2, kv_blocks=8, token_budget=8, queue="priority", reserve_prompt=False)
+    ids, offsets = np.array([*range(6), *range(6)], np.int32), np.array([0, 0, 6, 12])
+    columns = {"prefix_ids": ids, "prefix_offsets": offsets, "prefix_block_tokens": 4}
+    played = play(
+        [engine], [0, 0, 60], [16, 24, 24], [3, 1, 1], [0, 0, 0],
+        victim=lambda cluster, i, running: (cluster.requests[1], True),
+        columns={"priority": np.array([0, 1, 0]), **columns},
+    )  # fmt: skip
+    first, second, third = played.requests
+    assert first.finished == ms(54 + 11 + 6)
+    assert second.finished == third.finished == ms(71 + 3 * 18)
+    assert (second.preemptions, second.lost, second.cached, third.cached) == (1, 0, 0, 4)
+    assert played.instances[0].host_free == 2
 
 
 def test_the_answer_names_victim_and_mechanism(instance):

@@ -1,0 +1,475 @@
+"""The network inside a lane: one decision straight from a row of the environment's frame, in numba.
+
+The same function as `servegym.models.dense.DenseNetwork`, to the rounding of float32, for roll-outs that leave
+the kernel neither for the environment nor for the network. Nothing is allocated: weights come packed, with the
+outputs contiguous, and everything in between lives in scratch memory, one a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from servegym.envs.cluster import schema
+from servegym.envs.cluster.kernel import decorators
+from servegym.models import simd
+from servegym.models.features import COUNT, ILLEGAL, IS_LOG, IS_TOTAL, SCALE, WIDTH
+from servegym.models.simd import (
+    ROWS,
+    add,
+    add_product,
+    load,
+    maximum,
+    multiply,
+    multiply_add,
+    relu,
+    spread,
+    store,
+    total,
+    zeros,
+)
+from servegym.models.simd import WIDTH as COLUMNS
+
+_, inlined = decorators(simd.__file__)
+_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_INSTANCE, _REQUEST, _EDGE = WIDTH["instances"], WIDTH["requests"], WIDTH["edges"]
+_GLOBALS, _CONTEXT = WIDTH["globals"], WIDTH["globals"] + WIDTH["history"]
+_COUNT_SCALE = np.float32(SCALE["globals"][COUNT] ** 2)
+_NONE = np.float32(ILLEGAL)
+
+
+class Weights(NamedTuple):
+    """The network's parameters as float32 arrays [in, out], padded with zeros to P = H rounded up to 16.
+
+    The head counts as one more block for what it shares with them, so that L + 1 = blocks + head. `context_bias`
+    is that of `context_in` plus the embedding of each kind.
+    """
+
+    instance_in: np.ndarray  # [INSTANCE, P]
+    instance_bias: np.ndarray  # [P]
+    request_in: np.ndarray  # [REQUEST, P]
+    request_bias: np.ndarray  # [P]
+    context_in: np.ndarray  # [GLOBAL + HISTORY, rounded up to 4, P]
+    context_bias: np.ndarray  # [K, P]
+    edge_in: np.ndarray  # [EDGE, (L + 1) P]
+    edge_bias: np.ndarray  # [(L + 1) P]
+    message_instance: np.ndarray  # [L + 1, P, P]
+    message_request: np.ndarray  # [L + 1, P, P]
+    pool: np.ndarray  # [L, 2 P, P]
+    pool_bias: np.ndarray  # [L, P]
+    instance_message: np.ndarray  # [L, P, P]
+    request_message: np.ndarray  # [L, P, P]
+    update_context: np.ndarray  # [L, P, 2 P]; of instances, then of requests
+    update_bias: np.ndarray  # [L, 2 P]
+    head_context: np.ndarray  # [P, P]
+    head_score: np.ndarray  # [P]
+    value_hidden: np.ndarray  # [3 P, P]
+    value_bias: np.ndarray  # [P]
+    value_out: np.ndarray  # [P]
+    value_out_bias: np.ndarray  # [1]
+
+
+class Scratch(NamedTuple):
+    """Memory between the layers, float32 unless said otherwise; rows are rounded up to 4."""
+
+    instance_factor: np.ndarray  # [I * INSTANCE]; 1 / scale of each number of a frame's row
+    instance_log: np.ndarray  # bool [I * INSTANCE]
+    request_factor: np.ndarray  # [R * REQUEST]
+    request_log: np.ndarray  # bool [R * REQUEST]
+    edge_factor: np.ndarray  # [C * EDGE]
+    edge_log: np.ndarray  # bool [C * EDGE]
+    context_factor: np.ndarray  # [GLOBAL + HISTORY]
+    context_log: np.ndarray  # bool [GLOBAL + HISTORY]
+    instances: np.ndarray  # [I, INSTANCE], scaled
+    requests: np.ndarray  # [R, REQUEST], scaled
+    edges: np.ndarray  # [C, EDGE], scaled
+    context: np.ndarray  # [1, GLOBAL + HISTORY rounded up], scaled
+    x: np.ndarray  # [I, P]
+    q: np.ndarray  # [R, P]
+    pooled: np.ndarray  # [1, 3 P]: g, mean of x, maximum of x
+    from_edge: np.ndarray  # [C, (L + 1) P]
+    from_instance: np.ndarray  # [I, P]
+    from_request: np.ndarray  # [R, P]
+    to_instance: np.ndarray  # [I, P]
+    to_request: np.ndarray  # [R, P]
+    update: np.ndarray  # [1, 2 P]
+    hidden: np.ndarray  # [1, P]
+    instance_share: np.ndarray  # [I]: 1 / legal candidates of the row, 0 without any
+    request_share: np.ndarray  # [R]
+    real: np.ndarray  # [I]: 1 for instances of the cluster
+    legal: np.ndarray  # int64 [C]: numbers of the legal candidates
+    logits: np.ndarray  # [C]
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def make_weights(hidden: int, layers: int) -> Weights:
+    """Zeroed weights of a network of that size, for `load_weights`."""
+    p = _up(hidden, COLUMNS)
+    shapes = {
+        "instance_in": (WIDTH["instances"], p),
+        "request_in": (WIDTH["requests"], p),
+        "context_in": (_up(_CONTEXT, ROWS), p),
+        "context_bias": (len(schema.KINDS), p),
+        "edge_in": (WIDTH["edges"], (layers + 1) * p),
+        "edge_bias": ((layers + 1) * p,),
+        "message_instance": (layers + 1, p, p),
+        "message_request": (layers + 1, p, p),
+        "pool": (layers, 2 * p, p),
+        "pool_bias": (layers, p),
+        "instance_message": (layers, p, p),
+        "request_message": (layers, p, p),
+        "update_context": (layers, p, 2 * p),
+        "update_bias": (layers, 2 * p),
+        "head_context": (p, p),
+        "value_hidden": (3 * p, p),
+        "value_out_bias": (1,),
+    }
+    return Weights(**{name: np.zeros(shapes.get(name, (p,)), np.float32) for name in Weights._fields})
+
+
+def load_weights(packed: Weights, weights: Mapping[str, np.ndarray]) -> None:
+    """Put the tensors of `policy.safetensors`, named as in `servegym.models.layers`, into `packed`."""
+    h = weights["instance_in.weight"].shape[0]
+    p, layers = packed.head_score.shape[0], packed.pool.shape[0]
+
+    def put(target: np.ndarray, name: str) -> None:
+        """A weight [out, in] or a bias, its inputs and outputs in the padding's first places."""
+        source = weights[name].T
+        target[tuple(slice(size) for size in source.shape)] = source
+
+    for name in ("instance", "request", "context"):
+        put(getattr(packed, f"{name}_in"), f"{name}_in.weight")
+    for name in ("instance", "request"):
+        put(getattr(packed, f"{name}_bias"), f"{name}_in.bias")
+    packed.context_bias[:, :h] = weights["kind.weight"] + weights["context_in.bias"]
+    for block in range(layers + 1):
+        part, at = slice(block * p, block * p + p), f"blocks.{block}.message"
+        name = at if block < layers else "head"
+        put(packed.message_instance[block], f"{name}_instance.weight")
+        put(packed.message_request[block], f"{name}_request.weight")
+        put(packed.edge_in[:, part], f"{name}_edge.weight")
+        put(packed.edge_bias[part], f"{name}_edge.bias")
+    for block in range(layers):
+        name = f"blocks.{block}"
+        pool = weights[f"{name}.pool.weight"]
+        for k in range(2):
+            packed.pool[block, k * p : k * p + h, :h] = pool[:, k * h : k * h + h].T
+        put(packed.pool_bias[block], f"{name}.pool.bias")
+        for k, kind in enumerate(("instance", "request")):
+            put(getattr(packed, f"{kind}_message")[block], f"{name}.{kind}_message.weight")
+            put(packed.update_context[block][:, k * p :], f"{name}.{kind}_context.weight")
+            put(packed.update_bias[block, k * p :], f"{name}.{kind}_message.bias")
+    put(packed.head_context, "head_context.weight")
+    for k in range(3):
+        packed.value_hidden[k * p : k * p + h, :h] = weights["value_hidden.weight"][:, k * h : k * h + h].T
+    put(packed.value_bias, "value_hidden.bias")
+    packed.head_score[:h] = weights["head_score.weight"][0]
+    packed.value_out[:h] = weights["value_out.weight"][0]
+    packed.value_out_bias[:] = weights["value_out.bias"]
+
+
+def make_scratch(weights: Weights, instances: int, requests: int, candidates: int) -> Scratch:
+    """Memory for frames of so many instance rows I, request rows R and candidates C; one a thread."""
+    p, joins = weights.head_score.shape[0], weights.message_instance.shape[0]
+    rows = {"instances": instances, "requests": requests, "edges": candidates}
+    i, c = _up(instances, ROWS), _up(candidates, ROWS)
+    r = 1 if requests == 1 else _up(requests, ROWS)
+
+    def tiled(table: dict[str, np.ndarray], name: str) -> np.ndarray:
+        return np.ascontiguousarray(np.tile(table[name], rows[name]))
+
+    factor = {name: (1.0 / scale).astype(np.float32) for name, scale in SCALE.items()}
+    context = ("globals", "history")
+    shapes = {
+        "instances": (i, WIDTH["instances"]),
+        "requests": (r, WIDTH["requests"]),
+        "edges": (c, WIDTH["edges"]),
+        "context": (1, weights.context_in.shape[0]),
+        "x": (i, p),
+        "q": (r, p),
+        "pooled": (1, 3 * p),
+        "from_edge": (c, joins * p),
+        "from_instance": (i, p),
+        "from_request": (r, p),
+        "to_instance": (i, p),
+        "to_request": (r, p),
+        "update": (1, 2 * p),
+        "hidden": (1, p),
+        "instance_share": (i,),
+        "request_share": (r,),
+        "real": (i,),
+        "logits": (candidates,),
+    }
+    return Scratch(
+        instance_factor=tiled(factor, "instances"),
+        instance_log=tiled(IS_LOG, "instances"),
+        request_factor=tiled(factor, "requests"),
+        request_log=tiled(IS_LOG, "requests"),
+        edge_factor=tiled(factor, "edges"),
+        edge_log=tiled(IS_LOG, "edges"),
+        context_factor=np.concatenate([factor[name] for name in context]),
+        context_log=np.concatenate([IS_LOG[name] for name in context]),
+        legal=np.zeros(c, np.int64),
+        **{name: np.zeros(shape, np.float32) for name, shape in shapes.items()},
+    )
+
+
+# log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f - f^2 / 2 + f^3 P(f), from Cephes' logf (S. Moshier).
+_LOG = tuple(
+    np.float32(a)
+    for a in (
+        7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+    )
+)  # fmt: skip
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SQRT_HALF_BITS, _MANTISSA = np.int32(0x3F3504F3), np.int32(23)
+
+
+@inlined
+def log1p(x):
+    """log(1 + x) of a float32 x >= 0 without a branch, so that loops over it vectorise.
+
+    Within 2e-7 of the value, relatively, as tested. What rounding loses of u = 1 + x comes back to first order:
+    log(1 + x) = log(u) + (x - (u - 1)) / u. Not finite where x is not.
+    """
+    u = x + _ONE
+    lost = (x - (u - _ONE)) / u
+    bits = np.float32(u).view(np.int32)
+    exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> _MANTISSA)
+    f = np.int32(bits - np.int32(exponent << _MANTISSA)).view(np.float32) - _ONE
+    k = np.float32(exponent)
+    tail = _LOG[0]
+    for a in _LOG[1:]:
+        tail = tail * f + a
+    square = f * f
+    return k * _LN2_HIGH + (f + (square * (f * tail - _HALF) + (k * _LN2_LOW + lost)))
+
+
+@inlined
+def _scale(raw, factor, is_log, out):
+    """out = log1p or the number itself of raw * factor, for all of `raw`."""
+    for k in range(len(raw)):
+        scaled = raw[k] * factor[k]
+        out[k] = log1p(scaled) if is_log[k] else scaled
+
+
+@inlined
+def _scale_context(s, totals, history):
+    """Globals and history per instance, as `servegym.models.features.scale_context` does."""
+    count = max(totals[COUNT], _ONE)
+    out = s.context[0]
+    for k in range(_GLOBALS):
+        out[k] = totals[k] / count if IS_TOTAL[k] else totals[k]
+    out[COUNT] = _COUNT_SCALE / count
+    for k in range(len(history)):
+        out[_GLOBALS + k] = history[k] / count
+    _scale(out[:_CONTEXT], s.context_factor, s.context_log, out)
+
+
+@inlined
+def _fill(rows, n, start):
+    """Let each of the first n rows be `start`."""
+    for row in range(n):
+        for j in range(0, len(start), COLUMNS):
+            store(rows[row], j, load(start, j))
+
+
+@inlined
+def _clear(rows, n):
+    """Let the first n rows be 0."""
+    for row in range(n):
+        for j in range(0, rows.shape[1], COLUMNS):
+            store(rows[row], j, zeros())
+
+
+@inlined
+def _cut(rows, n, more):
+    """rows[:n] = relu(rows[:n] + more)."""
+    for row in range(n):
+        for j in range(0, len(more), COLUMNS):
+            store(rows[row], j, relu(add(load(rows[row], j), load(more, j))))
+
+
+@inlined
+def _multiply(rows, n, shares):
+    """Multiply each of the first n rows by its share."""
+    for row in range(n):
+        for j in range(0, rows.shape[1], COLUMNS):
+            store(rows[row], j, multiply(spread(shares[row]), load(rows[row], j)))
+
+
+@inlined
+def _extent(s, candidates, mask, instance_mask):
+    """Find the real instances and legal candidates, and the share of each row's candidates in its mean.
+
+    Returns:
+        rows of instances and of requests in use, and the number of legal candidates.
+    """
+    s.instance_share[:] = _ZERO
+    s.request_share[:] = _ZERO
+    instances, requests, legal = 0, 1, 0
+    for i in range(len(instance_mask)):
+        s.real[i] = instance_mask[i]
+        if instance_mask[i]:
+            instances = i + 1
+    for c in range(len(mask)):
+        s.logits[c] = _NONE
+        if mask[c]:
+            s.legal[legal] = c
+            legal += 1
+            requests = max(requests, candidates[c, 0] + 1)
+            s.request_share[candidates[c, 0]] += _ONE
+            s.instance_share[candidates[c, 1]] += _ONE
+    _invert(s.instance_share)
+    _invert(s.request_share)
+    return instances, requests, legal
+
+
+@inlined
+def _invert(shares):
+    for row in range(len(shares)):
+        if shares[row] > _ZERO:
+            shares[row] = _ONE / shares[row]
+
+
+@inlined
+def _pool(s, n, more):
+    """x = relu(x + more) in the rows of real instances and 0 in others; pool it into s.pooled behind g."""
+    p, count = s.x.shape[1], _ZERO
+    for i in range(n):
+        count += s.real[i]
+    share = spread(_ONE / max(count, _ONE))
+    for j in range(0, p, COLUMNS):
+        mean, most = zeros(), zeros()
+        for i in range(n):
+            row = multiply(spread(s.real[i]), relu(add(load(s.x[i], j), load(more, j))))
+            store(s.x[i], j, row)
+            mean, most = add(mean, row), maximum(row, most)
+        store(s.pooled[0], p + j, multiply(share, mean))
+        store(s.pooled[0], 2 * p + j, most)
+
+
+@inlined
+def _embed(net, s, frame, l, instances, requests, candidates):
+    """Scale the observation and embed it: x, q, g, and the edges' part of every block."""
+    _scale(frame.instances[l].reshape(-1), s.instance_factor, s.instance_log, s.instances.reshape(-1))
+    _scale(frame.requests[l].reshape(-1), s.request_factor, s.request_log, s.requests.reshape(-1))
+    _scale(frame.edges[l].reshape(-1), s.edge_factor, s.edge_log, s.edges.reshape(-1))
+    _scale_context(s, frame.globals[l], frame.history[l])
+    _clear(s.x, instances)
+    add_product(s.x, s.instances, instances, net.instance_in, _INSTANCE)
+    _pool(s, instances, net.instance_bias)
+    _clear(s.q, requests)
+    add_product(s.q, s.requests, requests, net.request_in, _REQUEST)
+    _cut(s.q, requests, net.request_bias)
+    _clear(s.hidden, 1)
+    add_product(s.hidden, s.context, 1, net.context_in, net.context_in.shape[0])
+    for j in range(0, s.x.shape[1], COLUMNS):
+        store(s.pooled[0], j, relu(add(load(s.hidden[0], j), load(net.context_bias[frame.kind[l]], j))))
+    _fill(s.from_edge, candidates, net.edge_bias)
+    add_product(s.from_edge, s.edges, candidates, net.edge_in, _EDGE)
+
+
+@inlined
+def _send(net, s, block, instances, requests):
+    """What instances and requests add to the messages of a block, or to the scores of the head."""
+    p = s.x.shape[1]
+    _clear(s.from_instance, instances)
+    add_product(s.from_instance, s.x, instances, net.message_instance[block], p)
+    _clear(s.from_request, requests)
+    add_product(s.from_request, s.q, requests, net.message_request[block], p)
+
+
+@inlined
+def _exchange(s, block, candidates, instances, requests, legal):
+    """Mean messages of the legal candidates, to their instances and to their requests."""
+    p = s.x.shape[1]
+    _clear(s.to_instance, instances)
+    _clear(s.to_request, requests)
+    for k in range(legal):
+        c = s.legal[k]
+        r, i = candidates[c, 0], candidates[c, 1]
+        to_instance, to_request = s.to_instance[i], s.to_request[r]
+        for j in range(0, p, COLUMNS):
+            sent = add(load(s.from_instance[i], j), load(s.from_request[r], j))
+            message = relu(add(sent, load(s.from_edge[c], block * p + j)))
+            store(to_instance, j, add(message, load(to_instance, j)))
+            store(to_request, j, add(message, load(to_request, j)))
+    _multiply(s.to_instance, instances, s.instance_share)
+    _multiply(s.to_request, requests, s.request_share)
+
+
+@inlined
+def _block(net, s, block, candidates, instances, requests, legal):
+    """One round of message passing: update x, q and g."""
+    p = s.x.shape[1]
+    _send(net, s, block, instances, requests)
+    _exchange(s, block, candidates, instances, requests, legal)
+    _fill(s.hidden, 1, net.pool_bias[block])
+    add_product(s.hidden, s.pooled[:, p:], 1, net.pool[block], 2 * p)
+    _cut(s.pooled, 1, s.hidden[0])
+    _fill(s.update, 1, net.update_bias[block])
+    add_product(s.update, s.pooled, 1, net.update_context[block], p)
+    add_product(s.x, s.to_instance, instances, net.instance_message[block], p)
+    add_product(s.q, s.to_request, requests, net.request_message[block], p)
+    _cut(s.q, requests, s.update[0, p:])
+    _pool(s, instances, s.update[0, :p])
+
+
+@inlined
+def _score(net, s, candidates, instances, requests, legal):
+    """The logits of the legal candidates."""
+    p, head = s.x.shape[1], net.pool.shape[0]
+    _send(net, s, head, instances, requests)
+    _clear(s.hidden, 1)
+    add_product(s.hidden, s.pooled, 1, net.head_context, p)
+    for k in range(legal):
+        c = s.legal[k]
+        r, i = candidates[c, 0], candidates[c, 1]
+        products = zeros()
+        for j in range(0, p, COLUMNS):
+            sent = add(load(s.from_instance[i], j), load(s.from_request[r], j))
+            score = relu(add(add(sent, load(s.from_edge[c], head * p + j)), load(s.hidden[0], j)))
+            products = multiply_add(score, load(net.head_score, j), products)
+        s.logits[c] = total(products)
+
+
+@inlined
+def _value(net, s):
+    p = s.x.shape[1]
+    _fill(s.hidden, 1, net.value_bias)
+    add_product(s.hidden, s.pooled, 1, net.value_hidden, 3 * p)
+    products = zeros()
+    for j in range(0, p, COLUMNS):
+        products = multiply_add(relu(load(s.hidden[0], j)), load(net.value_out, j), products)
+    return total(products) + net.value_out_bias[0]
+
+
+@inlined
+def forward(net, s, frame, l):
+    """Score the candidates of the question in a frame's row.
+
+    The logits go to `s.logits`, `ILLEGAL` where a candidate is, and the numbers of the legal ones to `s.legal`.
+
+    Args:
+        net: `Weights`.
+        s: `Scratch` for the frame's sizes; no other thread may use it.
+        frame: `servegym.envs.cluster.observe.Frame`.
+        l: the row.
+
+    Returns:
+        the number of legal candidates, and the value in the units of the trainer's normaliser.
+    """
+    candidates = frame.candidates[l]
+    instances, requests, legal = _extent(s, candidates, frame.mask[l], frame.instance_mask[l])
+    _embed(net, s, frame, l, instances, requests, s.legal[legal - 1] + 1)
+    for block in range(net.pool.shape[0]):
+        _block(net, s, block, candidates, instances, requests, legal)
+    _score(net, s, candidates, instances, requests, legal)
+    return legal, _value(net, s)
