@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster.kernel import inlined, kernel
-from servegym.envs.cluster.lane import AGENT, advance, dispatch
-from servegym.envs.cluster.observe import IS_DEFAULT, copy_frame, observe_dispatch
+from servegym.envs.cluster.observe import IS_DEFAULT, copy_frame
 from servegym.envs.cluster.rules import choose
-from servegym.envs.cluster.state import DISPATCH, END, NEVER, NONE, PS
+from servegym.envs.cluster.state import DISPATCH, NEVER, NONE, PS
+from servegym.envs.cluster.steps import Rules, apply, run_to_question
 
 OBJECTIVES = ("goodput", "latency", "ttft", "tpot")
 GOODPUT, LATENCY, TTFT = range(3)
@@ -30,30 +30,17 @@ class Search(NamedTuple):
         objective: index into OBJECTIVES.
         horizon: arrivals behind the question's own that a branch plays.
         width: most answers that get a branch of that length.
-        plays, params: int64 [Q, KINDS], float64 [Q, KINDS, PARAMS]: sets of rules to play behind an answer.
+        rules: int64 [Q, KINDS], sets of rules to play behind an answer.
+        plays: the same but for dispatches, which branches answer themselves.
+        params: float64 [Q, KINDS, PARAMS], of the rules.
     """
 
     objective: int
     horizon: int
     width: int
+    rules: np.ndarray
     plays: np.ndarray
     params: np.ndarray
-
-
-# --- the lane's own moves ---------------------------------------------------------------------------------
-
-
-@inlined
-def _apply(world, frame, l, answer):
-    dispatch(world, l, world.lane[l].default if answer == 0 else answer - 1)
-
-
-@kernel
-def _run_to_question(world, frame, l):
-    kind = advance(world, l, AGENT)
-    if kind == DISPATCH:
-        observe_dispatch(world, frame, l)
-    return kind
 
 
 # --- branches ---------------------------------------------------------------------------------------------
@@ -91,21 +78,24 @@ def _branch(world, frame, scratch, scratch_frame, l, answer, q, horizon, search)
     copy_live(world, scratch, l)
     copy_frame(frame, scratch_frame, l)
     lane = scratch.lane[l]
-    _apply(scratch, scratch_frame, l, answer)
+    rules = Rules(0, 0, False, False, 1, search.plays[q], search.params[q])
+    # Questions that the stock system's own way answers need not be asked.
+    for kind in range(len(rules.plays)):
+        if rules.plays[kind] == 1:
+            lane.raises &= ~(1 << kind)
+    apply(scratch, scratch_frame, l, answer)
     arrivals = 0
-    while True:
-        kind = _run_to_question(scratch, scratch_frame, l)
-        if kind == END:
-            return _score(scratch, l, search.objective)
-        if kind == DISPATCH:
-            arrivals += 1
+    # Dispatches come back, so that arrivals can be counted; rules answer all other questions on the way.
+    while run_to_question(scratch, scratch_frame, l, rules) == DISPATCH:
+        arrivals += 1
         if arrivals > horizon:
             # No more of the future: what is in the system still runs to its end.
             lane.next_row, lane.sleeping = lane.rows, 0
             lane.pending = lane.question = NONE
         else:
-            rule_answer = choose(scratch_frame, l, search.plays[q, kind], search.params[q, kind])
-            _apply(scratch, scratch_frame, l, rule_answer)
+            own = choose(scratch_frame, l, search.rules[q, DISPATCH], search.params[q, DISPATCH])
+            apply(scratch, scratch_frame, l, own)
+    return _score(scratch, l, search.objective)
 
 
 @inlined
@@ -188,7 +178,7 @@ def _rank(world, frame, scratch, scratch_frame, search, scores, rank, double, l)
         if rank[l, k] == np.inf:
             rank[l, k] = _branch(world, frame, scratch, scratch_frame, l, k, 0, horizon, search)
     for q in range(len(search.plays)):
-        own = choose(frame, l, search.plays[q, kind], search.params[q, kind])
+        own = choose(frame, l, search.rules[q, kind], search.params[q, kind])
         rank[l, own if own else double] = np.inf
     return legal
 

@@ -18,10 +18,9 @@ import numpy as np
 
 from servegym.agents.policy import Observation
 from servegym.agents.search.branch import OBJECTIVES, Search, search_lanes
-from servegym.envs.cluster.observe import make_frame
+from servegym.envs.cluster.lane import AGENT
 from servegym.envs.cluster.rules import RULES, plays
-from servegym.envs.cluster.schema import KINDS
-from servegym.envs.cluster.state import NEVER, OWNED
+from servegym.envs.cluster.state import DISPATCH, NEVER, OWNED
 from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.errors import InputError
 
@@ -52,8 +51,8 @@ class Lookahead:
     """
 
     name: ClassVar[str] = "lookahead"
-    kinds: ClassVar[tuple[str, ...]] = KINDS
     needs_oracle: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = tuple(STOCK)
 
     def __init__(
         self,
@@ -76,26 +75,33 @@ class Lookahead:
             if not whole or (value is not None and value < least):
                 raise InputError(self.name, field, value, f"give an integer of at least {least}, or None")
         chosen = [plays({**STOCK, **rules}) for rules in behind]
-        self._search = Search(
-            OBJECTIVES.index(objective),
-            int(NEVER) if horizon is None else horizon,
-            int(NEVER) if width is None else width,
-            np.stack([names for names, _ in chosen]),
-            np.stack([params for _, params in chosen]),
-        )
-        self._env: ClusterVectorEnv | None = None
+        self._behind = np.stack([names for names, _ in chosen])
+        self._params = np.stack([params for _, params in chosen])
+        self._objective = OBJECTIVES.index(objective)
+        self._horizon = int(NEVER) if horizon is None else horizon
+        self._width = int(NEVER) if width is None else width
+        self._answers = np.zeros(0, np.int64)
 
     def watch(self, env: ClusterVectorEnv) -> None:
-        """Answer for the lanes of this environment from now on; allocates a second lane for each."""
-        world, (lanes, instances) = env._world, env._frame.instances.shape[:2]
-        self._env = env
+        """Answer for the lanes of this environment from now on; allocates a second lane for each.
+
+        Questions that the environment leaves to its own rules are left to them behind an answer, too.
+        """
+        world, frame, *_, own = env.lanes()
+        self._crew, self._world = env._crew, world
         self._scratch = world._replace(**{name: np.zeros_like(getattr(world, name)) for name in OWNED})
         # Branches read no oracle, so it is neither copied nor observed there.
-        self._seen = env._frame._replace(oracle=np.zeros((lanes, 0)))
-        self._frame = make_frame(lanes, instances, env._frame.requests.shape[1])
-        self.scores = np.full(env._frame.mask.shape, -np.inf)
+        self._seen = frame._replace(oracle=np.zeros((env.num_envs, 0)))
+        self._frame = self._seen._replace(**{name: a.copy() for name, a in self._seen._asdict().items()})
+        asked = own.plays == AGENT
+        rules = np.where(asked, self._behind, own.plays)
+        params = np.where(asked[:, None], self._params, own.params)
+        played = rules.copy()
+        played[:, DISPATCH] = AGENT
+        self._search = Search(self._objective, self._horizon, self._width, rules, played, params)
+        self.scores = np.full(frame.mask.shape, -np.inf)
         self._rank = self.scores.copy()
-        self._answers = np.zeros(lanes, np.int64)
+        self._answers = np.zeros(env.num_envs, np.int64)
 
     def reset(self, lanes: int, seed: int) -> None:
         """Nothing to forget."""
@@ -109,11 +115,11 @@ class Lookahead:
         Raises:
             InputError: no environment is watched, or `obs` is of another number of lanes.
         """
-        if self._env is None or len(obs["mask"]) != len(self._answers):
-            lanes = 0 if self._env is None else len(self._answers)
-            raise InputError(self.name, "lanes", len(obs["mask"]), f"it watches {lanes}: call watch(env)")
-        self._env._crew.run(
-            search_lanes, self._env._world, self._seen, self._scratch, self._frame, self._search, self.scores,
+        if len(obs["mask"]) != len(self._answers):
+            hint = f"it watches {len(self._answers)}: call watch(env)"
+            raise InputError(self.name, "lanes", len(obs["mask"]), hint)
+        self._crew.run(
+            search_lanes, self._world, self._seen, self._scratch, self._frame, self._search, self.scores,
             self._rank, self._answers,
         )  # fmt: skip
         return self._answers.copy()

@@ -11,8 +11,10 @@ from servegym.agents.heuristics import make_heuristic
 from servegym.agents.play import play
 from servegym.agents.search.lookahead import Lookahead
 from servegym.envs.cluster.episode import make_episodes
+from servegym.envs.cluster.schema import KINDS
+from servegym.envs.cluster.spec import Migration
 from servegym.envs.cluster.state import OWNED
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.scenario import Scenario, Slo
 from servegym.errors import InputError
 
@@ -27,11 +29,16 @@ SCARCE = Scenario(
     workload="llumnix:256-256", clusters=("3xa10-llama-7b",), loads=(2.0, 2.0), requests=40,
     slo=Slo(ttft_s=1.0, tpot_s=0.04), engine={"kv_blocks": 800},
 )  # fmt: skip
+ALL_KINDS = Scenario(
+    workload="llumnix:128-512", clusters=("3xa100-llama-3.1-8b",), loads=(4.0, 4.0), requests=60,
+    slo=Slo(ttft_s=1.0, tpot_s=0.02), engine={"kv_blocks": 480, "swap_gib": 2.0},
+    migration=Migration(period_s=1.0), budget_period_s=0.1,
+)  # fmt: skip
 LEAST_REQUEST = [{"dispatch": "least_request"}]
 
 
 def make(scenario, seed, lanes=1, **arguments):
-    return DispatchVectorEnv(lanes, scenario, episodes=make_episodes(scenario, lanes, seed), **arguments)
+    return ClusterVectorEnv(lanes, scenario, episodes=make_episodes(scenario, lanes, seed), **arguments)
 
 
 def value(records, slo, objective):
@@ -60,23 +67,27 @@ def differences(scores):
     return scores - scores.max()
 
 
-@pytest.mark.parametrize("scenario", [CHAT, SESSIONS, SCARCE], ids=["mixed fleet", "sessions", "scarce"])
+@pytest.mark.parametrize("scenario", [CHAT, SESSIONS, SCARCE, ALL_KINDS])
 def test_scores_are_what_the_environment_then_does(scenario):
     env = make(scenario, 1)
     look = Lookahead(behind=LEAST_REQUEST)
     look.watch(env)
     obs, _ = env.reset(seed=0)
-    played = []
-    for step in range(scenario.requests):
+    played, terminated, kinds, step = [], [False], set(), -1
+    while not terminated[0]:
+        step += 1
         answer = look.act(obs)
         legal = np.flatnonzero(obs["mask"][0])
-        if step % 5 == 0:
+        if step % 8 == 0 or obs["kind"][0] not in kinds:
+            kinds.add(obs["kind"][0])
             truth = np.array([outcome(scenario, 1, [*played, k], "goodput") for k in legal])
             np.testing.assert_allclose(differences(look.scores[0, legal]), differences(truth), atol=1e-7)
             assert truth[legal.tolist().index(answer[0])] == pytest.approx(truth.max())
         # A wandering start, so that branches begin in states that neither rule nor search would reach.
         played.append(int(legal[step % len(legal)]))
-        obs, *_ = env.step(np.array([played[-1]]))
+        obs, _, terminated, _, _ = env.step(np.array([played[-1]]))
+    asked = ["dispatch", "preempt", "migrate", "move", "budget"] if scenario is ALL_KINDS else ["dispatch"]
+    assert {KINDS[k] for k in kinds} >= set(asked)
 
 
 def test_the_last_answer_is_that_of_brute_force():
@@ -94,7 +105,7 @@ def test_the_last_answer_is_that_of_brute_force():
 
 
 @given(
-    st.sampled_from([CHAT, SESSIONS, SCARCE]), st.integers(0, 50), st.sampled_from([None, 1]),
+    st.sampled_from([CHAT, SESSIONS, SCARCE, ALL_KINDS]), st.integers(0, 5), st.sampled_from([None, 1]),
     st.sampled_from(["goodput", "latency", "ttft", "tpot"]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
@@ -121,16 +132,18 @@ def test_beats_its_rules_where_they_are_blind():
     assert max(gains) > 0.01
 
 
-@pytest.mark.parametrize("scenario", [CHAT, SESSIONS, SCARCE])
+@pytest.mark.parametrize("scenario", [CHAT, SESSIONS, SCARCE, ALL_KINDS])
 def test_leaves_the_lanes_and_the_observation_untouched(scenario):
     env = make(scenario, 2, lanes=2)
     look = Lookahead(horizon=4, width=1)
     look.watch(env)
     obs, _ = env.reset(seed=0)
     for _ in range(5):
-        before = [getattr(env._world, name).copy() for name in OWNED] + [a.copy() for a in env._frame]
+        before = [getattr(env.lanes().world, name).copy() for name in OWNED] + [
+            a.copy() for a in env.lanes().frame
+        ]
         answer = look.act(obs)
-        after = [getattr(env._world, name) for name in OWNED] + list(env._frame)
+        after = [getattr(env.lanes().world, name) for name in OWNED] + list(env.lanes().frame)
         for a, b in zip(before, after, strict=True):
             np.testing.assert_array_equal(a, b)
         obs, *_ = env.step(answer)
