@@ -2,8 +2,8 @@
 
     python benchmarks/ppo.py
 
-The detail has the share of each phase, and sb3-contrib's MaskablePPO on the same episodes, with the same network,
-minibatches and epochs, in the same run.
+The detail has the share of each phase, and sb3-contrib's MaskablePPO on the same episodes, with the same
+network, minibatches and epochs, in the same run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
+from itertools import pairwise
+from statistics import median
 
 import torch
 from report import report, spread
@@ -40,31 +42,31 @@ SCENARIO = Scenario(
 
 
 class TimedPPO(PPO):
-    """Remembers how long each roll-out with its update took, and the phases in it."""
+    """Remembers when each update ended, by the clock and in processor time, and the phases until then."""
 
-    def train(self) -> None:
+    def train(self) -> None:  # noqa: D102
         super().train()
-        self.times.append((time.perf_counter(), dict(self._seconds)))
+        self.times.append((time.perf_counter(), time.process_time(), dict(self._seconds)))
 
-    def learn(self, *args: object, **kwargs: object) -> PPO:  # type: ignore[override]
-        self.times: list[tuple[float, dict[str, float]]] = []
+    def learn(self, *args: object, **kwargs: object) -> PPO:  # type: ignore[override]  # noqa: D102
+        self.times: list[tuple[float, float, dict[str, float]]] = []
         return super().learn(*args, **kwargs)  # type: ignore[arg-type]
 
 
 def our_rates(episodes: list[Episode], config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Decisions per second of each roll-out and update, and the shares of the phases."""
-    env = DispatchVectorEnv(
-        LANES, SCENARIO, episodes=episodes, num_threads=2, copy=False, group_size=GROUP
-    )
+    env = DispatchVectorEnv(LANES, SCENARIO, episodes=episodes, num_threads=2, copy=False, group_size=GROUP)
     model = TimedPPO(env, NetworkConfig(), config)
     decisions = LANES * config.n_steps
     model.learn(decisions)  # compiles
     model.learn(decisions * (1 + REPEATS + 1), log_interval=None)
     env.close()
-    ends = [at for at, _ in model.times]
-    rates = [decisions / (b - a) for a, b in zip(ends, ends[1:], strict=False)]
-    spent = {phase: model.times[-1][1][phase] - model.times[0][1][phase] for phase in PHASES}
-    return spread(rates), {phase: round(s / sum(spent.values()), 3) for phase, s in spent.items()}
+    rates = [decisions / (b[0] - a[0]) for a, b in pairwise(model.times)]
+    by_cpu = [decisions / (b[1] - a[1]) for a, b in pairwise(model.times)]
+    spent = {phase: model.times[-1][2][phase] - model.times[0][2][phase] for phase in PHASES}
+    return spread(rates) | {"per_cpu_s": median(by_cpu)}, {
+        phase: round(s / sum(spent.values()), 3) for phase, s in spent.items()
+    }
 
 
 def maskable_rate(episodes: list[Episode], config: PPOConfig) -> float:

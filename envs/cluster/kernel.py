@@ -62,7 +62,9 @@ def decorators(*sources: str) -> tuple[Callable[[Callable], Any], Callable[[Call
     costs nothing. NumPy's error model leaves out the checks for division by zero; every divisor is >= 1.
     """
     folder = _cache_folder(sources)
-    return _compiled(folder, _nrt=False, nogil=True), _compiled(folder, _nrt=False, nogil=True, forceinline=True)
+    return _compiled(folder, _nrt=False, nogil=True), _compiled(
+        folder, _nrt=False, nogil=True, forceinline=True
+    )
 
 
 kernel, inlined = decorators()

@@ -38,7 +38,7 @@ BANK_SEED = 0
 
 
 class Lanes(NamedTuple):
-    """What the kernels of `steps` take: the environment's own memory, for roll-outs that stay inside a kernel."""
+    """The environment's own memory, as the kernels of `steps` take it: for roll-outs inside a kernel."""
 
     world: World
     frame: Frame
