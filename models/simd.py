@@ -26,6 +26,9 @@ _ZERO = ir.Constant(_FLOATS, [0.0] * WIDTH)
 _FUSED = ("contract",)  # a product and the sum that it enters may be rounded once
 
 
+_operation: Any = intrinsic  # whose types stand for what kernels pass, not what these functions take
+
+
 class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__(f"float32x{WIDTH}")
@@ -50,7 +53,7 @@ def _index(context: Any, builder: Any, kind: Any, index: Any) -> Any:
     return context.cast(builder, index, kind, types.intp)
 
 
-@intrinsic
+@_operation
 def load(typing, row, index):
     """row[index : index + 16] of a contiguous float32 [N]."""
 
@@ -61,7 +64,7 @@ def load(typing, row, index):
     return _VECTOR(row, index), generate
 
 
-@intrinsic
+@_operation
 def store(typing, row, index, vector):
     """row[index : index + 16] = vector."""
 
@@ -74,7 +77,7 @@ def store(typing, row, index, vector):
     return types.void(row, index, vector), generate
 
 
-@intrinsic
+@_operation
 def spread(typing, number):
     """A float32 sixteen times."""
 
@@ -86,7 +89,7 @@ def spread(typing, number):
     return _VECTOR(types.float32), generate
 
 
-@intrinsic
+@_operation
 def zeros(typing):
     """Sixteen zeros."""
     return _VECTOR(), lambda context, builder, signature, arguments: _ZERO
@@ -101,21 +104,21 @@ def _elementwise(arity: int, emit: Callable) -> Callable:
     return lambda *vectors: (_VECTOR(*[_VECTOR] * arity), generate)
 
 
-@intrinsic
+@_operation
 def add(typing, a, b):
-    """a + b."""
+    """Sums, a + b."""
     return _elementwise(2, lambda builder, a, b: builder.fadd(a, b))()
 
 
-@intrinsic
+@_operation
 def multiply(typing, a, b):
-    """a b."""
+    """Products, a b."""
     return _elementwise(2, lambda builder, a, b: builder.fmul(a, b))()
 
 
-@intrinsic
+@_operation
 def multiply_add(typing, a, b, c):
-    """a b + c, rounded once where the processor can."""
+    """Products and sums, a b + c, rounded once where the processor can."""
 
     def emit(builder, a, b, c):
         return builder.fadd(builder.fmul(a, b, flags=_FUSED), c, flags=_FUSED)
@@ -123,9 +126,9 @@ def multiply_add(typing, a, b, c):
     return _elementwise(3, emit)()
 
 
-@intrinsic
+@_operation
 def relu(typing, a):
-    """max(a, 0), but what is no number stays none."""
+    """The larger of a and 0, but what is no number stays none."""
 
     def emit(builder, a):
         return builder.select(builder.fcmp_ordered("<", a, _ZERO), _ZERO, a)
@@ -133,13 +136,13 @@ def relu(typing, a):
     return _elementwise(1, emit)()
 
 
-@intrinsic
+@_operation
 def maximum(typing, a, b):
     """The larger number of each pair."""
     return _elementwise(2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))()
 
 
-@intrinsic
+@_operation
 def total(typing, a):
     """The sum of the sixteen, float32, added in pairs."""
 

@@ -3,6 +3,7 @@
 from servegym.agents.ppo.callbacks import CheckpointCallback
 from servegym.agents.ppo.checkpoint import CheckpointInfo, read_info, read_network, save_checkpoint
 from servegym.agents.ppo.config import PPOConfig
+from servegym.agents.ppo.imitation import imitate
 from servegym.agents.ppo.policy import NetworkPolicy, load_policy
 from servegym.agents.ppo.ppo import PPO
 
@@ -12,6 +13,7 @@ __all__ = [
     "CheckpointInfo",
     "NetworkPolicy",
     "PPOConfig",
+    "imitate",
     "load_policy",
     "read_info",
     "read_network",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.agents.ppo.rollout import Steps, Tally
-from servegym.envs.cluster.kernel import kernel, inlined
+from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.state import NONE
 
 
@@ -18,8 +18,8 @@ def real_values(steps: Steps, tally: Tally, mean: float, std: float) -> tuple[np
         mean, std: of the trainer's normaliser.
 
     Returns:
-        V(s_t) and V(s_t+1), float64 [T, B]; the latter of the final observation where an episode was truncated
-        and 0 where it terminated.
+        V(s_t) and V(s_t+1), float64 [T, B]; the latter of the final observation where an episode was
+        truncated and 0 where it terminated.
     """
     values = mean + std * steps.values.astype(np.float64)
     following = mean + std * steps.next_values.astype(np.float64)
@@ -88,9 +88,9 @@ def group_relative(steps: Steps, advantages: np.ndarray, group_size: int) -> np.
     """Take from each advantage what the lanes that meet the same arrivals have in common at that time.
 
     The lanes of a group play the same episodes side by side. What the coming arrivals do to the return is
-    common to them and cancels; what is left is the lane's own doing: an input-driven baseline (arXiv 1807.02264)
-    that needs no training. With A_l(s) the advantage of lane l at simulated time s of a play, linear between its
-    decisions and constant before the first and behind the last that the roll-out holds,
+    common to them and cancels; what is left is the lane's own doing: an input-driven baseline (arXiv
+    1807.02264) that needs no training. With A_l(s) the advantage of lane l at simulated time s of a play,
+    linear between its decisions and constant before the first and behind the last that the roll-out holds,
 
         A_t - mean over the lanes l of the group with a decision in that play of A_l(s_t)
 
@@ -128,8 +128,8 @@ def group_relative(steps: Steps, advantages: np.ndarray, group_size: int) -> np.
 def _compare(now, plays, lane, rows, own, counts, rank, at, relative):
     """`group_relative` of rows [groups, N].
 
-    Scratch: `own` [G, N], the decisions of each lane; `counts` [G], how many; `rank` [N], which of those of its
-    lane at one time each is; `at` [G], where each lane stands.
+    Scratch: `own` [G, N], the decisions of each lane; `counts` [G], how many; `rank` [N], which of those of
+    its lane at one time each is; `at` [G], where each lane stands.
     """
     for g in range(rows.shape[0]):
         _list_decisions(now[g], plays[g], lane[g], own, counts, rank)

@@ -7,10 +7,11 @@ update are its own: roll-outs are played inside the lanes, network included, and
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -36,9 +37,10 @@ from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.errors import InputError
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
-from servegym.models.features import ARRAYS
 
 PHASES = ("collect", "advantage", "update")
+# Gradients and statistics of a loss on some decisions, both times a weight.
+Gradient: TypeAlias = Callable[[Tensor, float], tuple[tuple[Tensor, ...], Tensor]]
 STATISTICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
 
 
@@ -203,23 +205,33 @@ class PPO(OnPolicyAlgorithm):
             self.look()
         self._last_obs = self.observation  # so that stable-baselines3 does not reset again
         remaining = total_timesteps - self.num_timesteps
+        with DeferredInterrupt() as self._interrupt, self.ready():
+            super().learn(remaining, callback, log_interval, "PPO", False, progress_bar)
+        return self
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """While this context is open there are threads for roll-outs and updates, and torch adds none."""
         threads, workers = torch.get_num_threads(), ThreadPoolExecutor(self.config.num_threads)
         torch.set_num_threads(1)
         self._collector = Collector(
             self.vector_env, self.network.config, self.config.num_threads, self.seed or 0
         )
         try:
-            with DeferredInterrupt() as self._interrupt, workers as self._workers:
-                super().learn(remaining, callback, log_interval, "PPO", False, progress_bar)
+            with workers as self._workers:
+                yield
         finally:
             self._collector.close()
             torch.set_num_threads(threads)
-        return self
 
     def look(self) -> None:
         """Let `observation` be the lanes' open questions, in the environment's own memory."""
         frame = self.vector_env.lanes().frame
-        self.observation = {name: getattr(frame, name) for name in ARRAYS}
+        self.observation = {name: rows for name, rows in frame._asdict().items() if rows.size}
+
+    def forget_lanes(self) -> None:
+        """Begin with a reset of the environment."""
+        self.observation, self.tally = {}, make_tally(self.n_envs)
 
     def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """Play `n_rollout_steps` decisions a lane and estimate their advantages.
@@ -234,7 +246,7 @@ class PPO(OnPolicyAlgorithm):
         weights = {name: p.detach().cpu().numpy() for name, p in self.network.state_dict().items()}
         self._collector.run(weights, self.buffer.obs, self.buffer.steps, self.tally)
         collected = time.perf_counter()
-        self._estimate()
+        self.estimate()
         self._seconds["collect"] += collected - started
         self._seconds["advantage"] += time.perf_counter() - collected
         for _ in range(n_rollout_steps):
@@ -256,7 +268,11 @@ class PPO(OnPolicyAlgorithm):
         epochs, kl = 0, 0.0
         while epochs < self.config.n_epochs and not 0.0 < self.config.target_kl < kl:
             minibatches = self.buffer.minibatches(self.config.batch_size, self.generator)
-            statistics = torch.stack([self._step(numbers) for numbers in minibatches]).mean(0).tolist()
+            statistics = (
+                torch.stack([self.take_step(numbers, self._gradient) for numbers in minibatches])
+                .mean(0)
+                .tolist()
+            )
             kl = statistics[STATISTICS.index("approx_kl")]
             epochs += 1
         self._n_updates += epochs
@@ -278,7 +294,7 @@ class PPO(OnPolicyAlgorithm):
         self.logger.dump(step=self.num_timesteps)
         self._seconds = dict.fromkeys(self._seconds, 0.0)
 
-    def _estimate(self) -> None:
+    def estimate(self) -> None:
         """Advantages, and targets for the value head in units of the returns seen so far."""
         buffer, steps, scale = self.buffer, self.buffer.steps, self.normalizer
         if not (np.isfinite(steps.rewards).all() and np.isfinite(steps.values).all()):
@@ -306,11 +322,19 @@ class PPO(OnPolicyAlgorithm):
             head.weight *= std / self.normalizer.std
             head.bias.copy_((head.bias * std + mean - self.normalizer.mean) / self.normalizer.std)
 
-    def _step(self, numbers: Tensor) -> Tensor:
-        """One step of Adam on a minibatch, its gradient computed in as many parts as there are threads."""
+    def take_step(self, numbers: Tensor, gradient: Gradient) -> Tensor:
+        """One step of Adam on a minibatch, its gradient computed in as many parts as there are threads.
+
+        Args:
+            numbers: of decisions in the buffer.
+            gradient: gets some of them and their weight in the minibatch.
+
+        Returns:
+            the statistics of `gradient`, summed over the parts.
+        """
         shares = numbers.chunk(self.config.num_threads)
         run = self._workers.map if len(shares) > 1 else map
-        parts = list(run(lambda share: self._gradient(share, len(share) / len(numbers)), shares))
+        parts = list(run(lambda share: gradient(share, len(share) / len(numbers)), shares))
         for i, parameter in enumerate(self.network.parameters()):
             parameter.grad = sum((gradients[i] for gradients, _ in parts[1:]), start=parts[0][0][i])
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)

@@ -4,8 +4,8 @@ Neither Python nor torch is in the loop. The lanes of a group meet the same arri
 decide how many questions they are asked. So the next decision of a group is always that of the lane that is
 furthest behind in simulated time: the lanes stay side by side, and their advantages can be compared.
 
-What is drawn depends on seed, lane and the lane's number of decisions only: results do not depend on the number
-of threads, and a resumed run draws what the uninterrupted one would have drawn.
+What is drawn depends on seed, lane and the lane's number of decisions only: results do not depend on the
+number of threads, and a resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.models import inlane, simd
 from servegym.models.config import NetworkConfig
 from servegym.models.features import ARRAYS
+from servegym.models.packing import load_weights, make_scratch, make_weights
 
 kernel, inlined = decorators(simd.__file__, inlane.__file__)
 _DRAWS = 0x0D15EA5E  # sets the stream of draws apart from those of episodes and scrapes with the same seed
@@ -35,12 +36,13 @@ _DRAWS = 0x0D15EA5E  # sets the stream of draws apart from those of episodes and
 class Steps(NamedTuple):
     """T B decisions of B lanes; arrays [T, B].
 
-    The decisions of a group of G lanes, the columns g G to g G + G - 1, stand row by row in order of simulated
+    The decisions of a group of G lanes, columns g G to g G + G - 1, stand row by row in order of simulated
     time; `lane` says whose each is. Where all lanes are asked at the same times, that is the column.
 
     `values` and `next_values` are in the units of the trainer's normaliser; next_values is that of the final
-    observation where an episode was truncated and 0 elsewhere. `now_s` is the simulated time of the decision in
-    the lane's `plays`-th episode. `returns` and `lengths` are those of the episodes that ended there, 0 elsewhere.
+    observation where an episode was truncated and 0 elsewhere. `now_s` is the simulated time of the decision
+    in the lane's `plays`-th episode. `returns` and `lengths` are those of the episodes that ended there, 0
+    elsewhere.
     """
 
     lane: np.ndarray  # int64
@@ -77,7 +79,9 @@ def make_steps(steps: int, lanes: int) -> Steps:
 
 def make_tally(lanes: int) -> Tally:
     """Episodes that begin."""
-    return Tally(np.zeros(lanes, np.int64), np.zeros(lanes), np.zeros(lanes, np.int64), np.zeros(lanes, np.float32))
+    return Tally(
+        np.zeros(lanes, np.int64), np.zeros(lanes), np.zeros(lanes, np.int64), np.zeros(lanes, np.float32)
+    )
 
 
 class Collector:
@@ -92,13 +96,13 @@ class Collector:
 
     def __init__(self, env: ClusterVectorEnv, network: NetworkConfig, num_threads: int, seed: int) -> None:
         self._lanes, self._seed = env.lanes(), seed
-        self._weights = inlane.make_weights(network.hidden, network.layers)
+        self._weights = make_weights(network.hidden, network.layers)
         frame = self._lanes.frame
         sizes = (frame.instances.shape[1], frame.requests.shape[1], frame.mask.shape[1])
         groups = env.num_envs // env.group_size
         bounds = np.linspace(0, groups, min(num_threads, groups) + 1).astype(int).tolist()
         self._crew = Crew(
-            [(inlane.make_scratch(self._weights, *sizes), first, last) for first, last in pairwise(bounds)]
+            [(make_scratch(self._weights, *sizes), first, last) for first, last in pairwise(bounds)]
         )
 
     def run(
@@ -116,7 +120,7 @@ class Collector:
             steps: receives the rest.
             tally: is read and brought up to date.
         """
-        inlane.load_weights(self._weights, weights)
+        load_weights(self._weights, weights)
         store = Frame(**{name: obs[name] for name in ARRAYS}, oracle=self._lanes.frame.oracle)
         self._crew.run(_play_groups, self._lanes, self._weights, store, steps, tally, np.uint64(self._seed))
 

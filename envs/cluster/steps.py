@@ -183,14 +183,6 @@ def step_lane(world, frame, final, finished, out, rules, action, l):
 
 
 @kernel
-def begin_lanes(world, frame, out, rules, first, last):
-    """Start the next episode of lanes first..last-1."""
-    for l in range(first, last):
-        begin(world, frame, rules, l)
-        out.terminated[l] = out.truncated[l] = False
-
-
-@kernel
 def step_lanes(world, frame, final, finished, out, rules, actions, first, last):
     """Step lanes first..last-1."""
     for l in range(first, last):

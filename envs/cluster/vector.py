@@ -31,7 +31,6 @@ from servegym.envs.cluster.steps import (
     Finished,
     Rules,
     Transition,
-    begin_lanes,
     first_illegal,
     make_finished,
     make_transition,
@@ -47,8 +46,9 @@ BANK_SEED = 0
 
 Scenarios = Scenario | str | Sequence[Scenario | str]
 
+
 class Lanes(NamedTuple):
-    """What the kernels of `steps` take: the environment's memory, for roll-outs that stay inside a kernel."""
+    """The environment's own memory, as the kernels of `steps` take it: for roll-outs inside a kernel."""
 
     world: World
     frame: Frame
@@ -183,7 +183,9 @@ class ClusterVectorEnv(VectorEnv):
             self._world.lane["seed"] = seeds
             self._world.lane["plays"] = 0
             self._seeded = True
-        self._crew.run(begin_lanes, self._world, self._frame, self._out, self._rules)
+        # In the NEXT_STEP mode the step behind an episode's end starts the next one.
+        self._out.terminated[:] = True
+        self._step_lanes(np.zeros(self.num_envs, np.int64), self._rules._replace(same_step=False))
         self._started = True
         return self._observation(self._frame), self._now(self._world.lane)
 
@@ -203,9 +205,7 @@ class ClusterVectorEnv(VectorEnv):
         """
         answers = self._checked(actions)
         out = self._out
-        self._crew.run(
-            step_lanes, self._world, self._frame, self._final, self._finished, out, self._rules, answers
-        )
+        self._step_lanes(answers, self._rules)
         elapsed = {"elapsed_s": out.elapsed_s.copy(), "_elapsed_s": np.ones(self.num_envs, bool)}
         info: dict[str, Any] = elapsed | self._now(self._world.lane)
         ended = out.terminated | out.truncated
@@ -263,6 +263,11 @@ class ClusterVectorEnv(VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads."""
         self._crew.close()
+
+    def _step_lanes(self, answers: np.ndarray, rules: Rules) -> None:
+        self._crew.run(
+            step_lanes, self._world, self._frame, self._final, self._finished, self._out, rules, answers
+        )
 
     def _take(
         self, bank: Sequence[Episode], decisions: Sequence[str] | None, rules: Mapping[str, str] | None

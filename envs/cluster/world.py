@@ -278,7 +278,9 @@ def _check_fit(episode: Episode, settings: np.ndarray) -> None:
     tokens = w.prompt_tokens.astype(np.int64) + w.output_tokens
     stays = settings[settings["drain"] == NEVER]
     if len(stays) == 0:
-        raise InputError(f"cluster {cluster.name}", "drain_at_s", "all", "leave an instance that never drains")
+        raise InputError(
+            f"cluster {cluster.name}", "drain_at_s", "all", "leave an instance that never drains"
+        )
     room = ((stays["blocks"] - stays["watermark"]) * stays["block_tokens"]).max()
     row = int(tokens.argmax())
     if tokens[row] > room:

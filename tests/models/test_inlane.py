@@ -12,6 +12,7 @@ from servegym.models import inlane, simd
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
 from servegym.models.features import ILLEGAL
+from servegym.models.packing import load_weights, make_scratch, make_weights
 
 kernel, _ = decorators(simd.__file__, inlane.__file__)
 
@@ -35,12 +36,12 @@ def product(out, x, n, weights, depth):
 def evaluate(network, obs):
     """Logits and values of every lane, with the scratch memory of the lane before."""
     weights = {name: parameter.numpy() for name, parameter in network.state_dict().items()}
-    net = inlane.make_weights(network.config.hidden, network.config.layers)
-    inlane.load_weights(net, weights)
+    net = make_weights(network.config.hidden, network.config.layers)
+    load_weights(net, weights)
     arrays = {name: np.ascontiguousarray(rows) for name, rows in obs.items()}
     frame = Frame(**arrays, oracle=np.zeros((len(obs["kind"]), 0)))
     sizes = (obs[name].shape[1] for name in ("instances", "requests", "mask"))
-    scratch = inlane.make_scratch(net, *sizes)
+    scratch = make_scratch(net, *sizes)
     logits, values = np.empty(obs["mask"].shape, np.float32), np.empty(len(obs["kind"]), np.float32)
     for l in range(len(values)):
         count, values[l] = forward(net, scratch, frame, l)
@@ -101,7 +102,9 @@ def test_real_instances_may_stand_anywhere(observation, seed, requests):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), requests=st.sampled_from([1, 8]), fill=st.sampled_from([0.0, 3e38, np.nan]))
+@given(
+    seed=st.integers(0, 10_000), requests=st.sampled_from([1, 8]), fill=st.sampled_from([0.0, 3e38, np.nan])
+)
 def test_what_padding_holds_changes_nothing(observation, seed, requests, fill):
     """Padded rows of instances, illegal candidates' edges, and request rows that no legal candidate names."""
     obs = observation(seed, 4, 5, 8, requests)

@@ -1,5 +1,7 @@
 """A small vector environment on which PPO runs."""
 
+from dataclasses import replace
+
 import pytest
 
 from servegym.envs.cluster.episode import make_episodes
@@ -12,7 +14,7 @@ MOST_STEPS = 21  # truncates some episodes and not others
 
 def make_environment(num_envs, scenario=SCENARIO, **options):
     """B lanes of clusters of 3 instances, whose episodes have 24 or 16 requests."""
-    short = Scenario(clusters=scenario.clusters, requests=16, noise=0.1, workload=scenario.workload)
+    short = replace(scenario, requests=16)
     episodes = make_episodes(scenario, 4, 0) + make_episodes(short, 4, 1)
     options = {"max_episode_steps": MOST_STEPS, "copy": False} | options
     return DispatchVectorEnv(num_envs, scenario, episodes=episodes, **options)

@@ -10,8 +10,15 @@ from servegym.agents.ppo.rollout import make_steps, make_tally
 def steps_of(rewards, elapsed, terminated=None, truncated=None, lane=None):
     steps = make_steps(*rewards.shape)
     none = np.zeros(rewards.shape, bool)
-    steps = steps._replace(rewards=rewards, elapsed_s=elapsed, lane=np.arange(rewards.shape[1]) + np.zeros(rewards.shape, int) if lane is None else lane)
-    return steps._replace(terminated=none if terminated is None else terminated, truncated=none if truncated is None else truncated)
+    steps = steps._replace(
+        rewards=rewards,
+        elapsed_s=elapsed,
+        lane=np.arange(rewards.shape[1]) + np.zeros(rewards.shape, int) if lane is None else lane,
+    )
+    return steps._replace(
+        terminated=none if terminated is None else terminated,
+        truncated=none if truncated is None else truncated,
+    )
 
 
 def mean_discount(rate):
@@ -151,7 +158,7 @@ def test_group_relative_is_its_formula(seed):
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_a_disturbance_of_the_play_cancels(seed):
-    """Ties included: what all lanes of a group meet in a play changes nothing, wherever a lane has company."""
+    """Ties included: what all lanes of a group meet in a play changes nothing where a lane has company."""
     steps, advantages, size = random_group(seed)
     disturbance = np.random.default_rng(seed).normal(size=(2, 4)) * 100
     group = np.arange(2 * size) // size

@@ -33,7 +33,7 @@ def weights(model):
 
 
 def mean_e2e(policy, episodes):
-    return np.mean([e2e_s(records).mean() for records in play(policy, SCENARIO, episodes, num_threads=1)])
+    return np.mean([records.e2e_s.mean() for records in play(policy, SCENARIO, episodes, num_threads=1)])
 
 
 def test_learns_to_dispatch():

@@ -15,7 +15,10 @@ from servegym.models.features import ARRAYS
 
 CONFIG = NetworkConfig(8, 1)
 SESSIONS = Scenario(
-    clusters=("2xa100-llama-3.1-8b+1xh100-llama-3.1-8b",), requests=24, workload="sharegpt_turns"
+    clusters=("2xa100-llama-3.1-8b+1xh100-llama-3.1-8b",),
+    requests=24,
+    workload="weka_agentic",
+    engine={"kv_blocks": 60_000},  # its contexts are long
 )
 kernel, _ = decorators(simd.__file__, inlane.__file__)
 
@@ -95,8 +98,13 @@ def test_equals_the_environment_stepped_from_outside(make_env, network):
         returns[ends] = lengths[ends] = 0
     assert steps.terminated.any() and (steps.truncated & ~steps.terminated).any()
     np.testing.assert_allclose(rollout.tally.last_values, evaluate(network, obs)[1], atol=1e-4)
+    saved = rollout.env.save_state()
     for name, array in twin.save_state().items():
-        np.testing.assert_array_equal(rollout.env.save_state()[name], array)
+        if name != "finished.req":  # holds bytes between the fields of its records, which nothing reads
+            np.testing.assert_array_equal(saved[name], array, err_msg=name)
+    for lane in lanes:
+        for name, array in vars(twin.records(lane)).items():
+            np.testing.assert_array_equal(getattr(rollout.env.records(lane), name), array)
 
 
 @pytest.mark.parametrize("scenario", [None, SESSIONS])
