@@ -86,7 +86,7 @@ def kv_usage(world, l, i, t):
     inst = world.instance[l, i]
     setting = world.setting[world.lane[l].fleet, i]
     grown = max(0, steps_done(inst, t) + 1 - inst.booked_steps) * inst.running / setting.block_tokens
-    return (setting.blocks - inst.free + grown) / setting.blocks
+    return min((setting.blocks - inst.free + grown) / setting.blocks, 1.0)
 
 
 @inlined
