@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -66,7 +66,7 @@ def final_tables(
     scenarios: Sequence[Scenario],
     seeds: int,
     num_threads: int,
-    names: Sequence[str] | None = None,
+    names: Collection[str] | None = None,
 ) -> list[Table]:
     """A trained policy beside heuristics on the middle fleet of each scenario, at three loads of its range.
 
@@ -75,15 +75,15 @@ def final_tables(
         scenarios: what is played.
         seeds: episodes of each table.
         num_threads: of the cluster model.
-        names: of the heuristics; None: all that answer something in the scenario.
+        names: only these heuristics, of all that answer something in a scenario; None: all of them.
     """
     tables = []
     for scenario in scenarios:
         loads = np.unique(np.linspace(*scenario.loads, LOADS)).tolist()
         cluster = scenario.clusters[len(scenario.clusters) // 2]
         settings = [Setting(cluster, load) for load in loads]
-        chosen = names or heuristic_names(decisions_of(scenario))
-        heuristics = [make_heuristic(name) for name in chosen]
+        known = heuristic_names(decisions_of(scenario))
+        heuristics = [make_heuristic(name) for name in known if names is None or name in names]
         tables += compare(
             heuristics, [policy], scenario, settings, seeds=seeds, seed=EVAL_SEED, num_threads=num_threads
         )

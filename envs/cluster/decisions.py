@@ -37,20 +37,37 @@ def allowed_decisions(clusters: Iterable[ClusterSpec]) -> tuple[str, ...]:
     return tuple(name for name in DECISIONS if name not in off)
 
 
-def check_decisions(
-    decisions: Sequence[str] | None, clusters: Iterable[ClusterSpec], where: str
-) -> tuple[str, ...]:
-    """What the agent takes, in the order of `DECISIONS`.
+def divide(
+    decisions: Sequence[str] | None,
+    rules: Mapping[str, str] | None,
+    clusters: Iterable[ClusterSpec],
+    where: str,
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Divide the questions that can come up between an agent and built-in rules.
 
     Args:
-        decisions: what it asks for; None is all that the levers allow.
+        decisions: what the agent asks for; None is all that the levers allow.
+        rules: kind -> name of a built-in rule; kinds left out get the first one, which is what the engine or
+            a plain router does.
         clusters: the fleets, with their levers.
         where: what has those levers, for messages.
 
+    Returns:
+        what the agent takes, in the order of `DECISIONS`, and the rule of each kind of question that can come
+        up and the agent does not take.
+
     Raises:
-        InputError: for none, an unknown one, and one whose lever is off.
+        InputError: for an agent that takes nothing, an unknown decision, kind or rule, a rule for what the
+            agent takes, and whatever has its lever off.
     """
     allowed = allowed_decisions(clusters)
+    taken = _check_decisions(decisions, allowed, where)
+    return taken, _check_rules(rules, taken, allowed, where)
+
+
+def _check_decisions(
+    decisions: Sequence[str] | None, allowed: tuple[str, ...], where: str
+) -> tuple[str, ...]:
     if decisions is None:
         return allowed
     if isinstance(decisions, str) or not decisions:
@@ -78,21 +95,9 @@ def request_rows(decisions: Sequence[str], rules: Mapping[str, str]) -> int:
     return 1 if asked <= {"dispatch"} else OFFERS
 
 
-def check_rules(
+def _check_rules(
     rules: Mapping[str, str] | None, decisions: Sequence[str], allowed: Sequence[str], where: str
 ) -> dict[str, str]:
-    """The rule of each kind of question that can come up and the agent does not take.
-
-    Args:
-        rules: kind -> name of a built-in rule; kinds left out get the first one, which is what the engine or
-            a plain router does.
-        decisions: what the agent takes.
-        allowed: what the levers allow.
-        where: what has those levers, for messages.
-
-    Raises:
-        InputError: for an unknown kind or rule, one that the agent takes, and one whose lever is off.
-    """
     taken, possible = kinds_of(decisions), kinds_of(allowed)
     chosen = {kind: RULES[kind][1] for kind in possible if kind not in taken}
     for kind, name in (rules or {}).items():

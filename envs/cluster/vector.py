@@ -13,9 +13,7 @@ from gymnasium.vector.utils import batch_space
 
 from servegym.envs.cluster.crew import Crew
 from servegym.envs.cluster.decisions import (
-    allowed_decisions,
-    check_decisions,
-    check_rules,
+    divide,
     request_rows,
 )
 from servegym.envs.cluster.episode import Episode, mix_episodes
@@ -134,7 +132,8 @@ class ClusterVectorEnv(VectorEnv):
             if episodes is None
             else episodes
         )
-        self._take(bank, decisions, rules)
+        where = f"scenario {', '.join(s.name for s in self.scenarios)}"
+        self.decisions, self.rules = divide(decisions, rules, (e.cluster for e in bank), where)
         fleets = [parse_cluster(text) for s in self.scenarios for text in s.clusters]
         self.num_instances = max(*map(len, fleets), *(len(e.cluster) for e in bank))
         size = (self.num_instances, request_rows(self.decisions, self.rules))
@@ -268,15 +267,6 @@ class ClusterVectorEnv(VectorEnv):
         self._crew.run(
             step_lanes, self._world, self._frame, self._final, self._finished, self._out, rules, answers
         )
-
-    def _take(
-        self, bank: Sequence[Episode], decisions: Sequence[str] | None, rules: Mapping[str, str] | None
-    ) -> None:
-        """Divide the questions that can come up between the agent and built-in rules."""
-        where = f"scenario {', '.join(s.name for s in self.scenarios)}"
-        fleets = list({id(e.cluster): e.cluster for e in bank}.values())
-        self.decisions = check_decisions(decisions, fleets, where)
-        self.rules = check_rules(rules, self.decisions, allowed_decisions(fleets), where)
 
     def _now(self, lanes: np.ndarray) -> dict[str, np.ndarray]:
         """The simulated time of lanes, for infos."""

@@ -13,8 +13,8 @@ import tyro
 
 from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, read_info
 from servegym.agents.task import Task
-from servegym.envs.cluster.decisions import ENVIRONMENTS
-from servegym.envs.cluster.episode import mix_episodes
+from servegym.envs.cluster.decisions import ENVIRONMENTS, divide
+from servegym.envs.cluster.episode import fleets_of, mix_episodes
 from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
@@ -94,10 +94,11 @@ class Command(Setup):
         """Train, compare, write the card."""
         scenarios = self._checked()
         folder = self._folder(scenarios)
-        env = self._environment(scenarios)
-        task = Task(self.env, env.decisions, env.rules, tuple(map(asdict, scenarios)))
+        task = self._task(scenarios)
         settings = self._settings(task, scenarios)  # now: files may change while training goes on
-        agent = self._agent(env, task, folder, settings)
+        if self.resume:
+            _check_settings(settings, folder)
+        agent = self._agent(self._environment(scenarios), task, folder)
         callbacks = [
             CheckpointCallback(
                 folder, self.save_freq, lambda model: self._files(model, scenarios, settings, [])
@@ -157,6 +158,12 @@ class Command(Setup):
             )
         return folder
 
+    def _task(self, scenarios: list[Scenario]) -> Task:
+        fleets = [fleet for scenario in scenarios for fleet in fleets_of(scenario)]
+        where = f"scenario {', '.join(s.name for s in scenarios)}"
+        decisions, rules = divide(self.decisions or ENVIRONMENTS[self.env], self.rules, fleets, where)
+        return Task(self.env, decisions, rules, tuple(map(asdict, scenarios)))
+
     def _environment(self, scenarios: list[Scenario]) -> ClusterVectorEnv:
         env = ClusterVectorEnv(
             self.n_envs,
@@ -174,11 +181,9 @@ class Command(Setup):
             raise InputError("train", "decisions", ", ".join(env.decisions), hint)
         return env
 
-    def _agent(self, env: ClusterVectorEnv, task: Task, folder: Path, settings: dict[str, Any]) -> Agent:
+    def _agent(self, env: ClusterVectorEnv, task: Task, folder: Path) -> Agent:
         logs = str(Path(self.tensorboard_log) / folder.name)
         track = self.wandb_project_name if self.track else None
-        if self.resume:
-            _check_settings(settings, folder)
         if self.resume:
             resumed = PPO.resume(folder, env, logs, track, self.device)
             say(f"resuming {folder} at {resumed.num_timesteps:,} of {self.n_timesteps:,} decisions")

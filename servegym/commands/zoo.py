@@ -59,7 +59,7 @@ class Command:
         names = {row["policy"] for table in recorded for row in table["policies"] if not row["learned"]}
         if self.quick:
             names = {table["best_heuristic"] for table in recorded}
-        tables = final_tables(policy, scenarios, seeds, self.num_threads, sorted(names))
+        tables = final_tables(policy, scenarios, seeds, self.num_threads, names)
         for table in tables:
             console().print(render(table))
         if len(tables) != len(recorded):
@@ -67,6 +67,8 @@ class Command:
             return
         for before, now in zip(recorded, as_json(tables, samples=False), strict=True):
             yield from _compare(before, now)
+            if not self.quick:
+                yield from _missing(before, now)
 
 
 def _recorded(folder: Path) -> tuple[int, list[dict[str, Any]]]:
@@ -81,6 +83,14 @@ def _recorded(folder: Path) -> tuple[int, list[dict[str, Any]]]:
         return int(metrics["comparison"]["seeds"]), list(metrics["tables"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(path, "tables", repr(error), "train to the end; that writes them") from error
+
+
+def _missing(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Policies of a card's table that do not exist any more."""
+    played = {row["policy"] for row in now["policies"]}
+    for row in before["policies"]:
+        if row["policy"] not in played:
+            yield f"{before['scenario']}: {row['policy']} is on the card and not known now"
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ class Scripted:
 
     name = "scripted"
     kinds = ("dispatch",)
+    kinds = ("dispatch",)
 
     def __init__(self, rule, needs_oracle=False):
         self.rule, self.needs_oracle, self.resets = rule, needs_oracle, []
