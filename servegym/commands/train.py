@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 import torch
 import tyro
 
-from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, read_info
+from servegym.agents.heuristics import make_heuristic
+from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, read_info
 from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.vector import DispatchVectorEnv
 from servegym.envs.scenario import Scenario
@@ -69,6 +70,10 @@ class Command(Setup):
     """Where the checkpoint folder goes."""
     tensorboard_log: str = "runs/tensorboard"
     """Where TensorBoard's event files go."""
+    imitate: str | None = None
+    """Heuristic whose answers ppo learns first, before it improves on them; none by default."""
+    imitate_updates: int = 16
+    """Roll-outs of learning from that heuristic, from its own play at first to the network's at last."""
     resume: bool = False
     """Go on from the checkpoint in that folder; the other flags must be those of the run."""
     track: bool = False
@@ -88,6 +93,9 @@ class Command(Setup):
         folder = self._folder(scenario)
         settings = self._settings(scenario)  # now: files may change while training goes on
         agent = self._agent(scenario, folder, settings)
+        if self.imitate is not None and not self.resume:
+            agreements = imitate(cast("PPO", agent), make_heuristic(self.imitate), self.imitate_updates)
+            say(f"imitation of {self.imitate}: the same answer to {agreements[-1]:.0%} of the questions")
         callbacks = [
             CheckpointCallback(
                 folder, self.save_freq, lambda model: self._files(model, scenario, settings, [])
@@ -120,6 +128,7 @@ class Command(Setup):
             "num_threads",
             "eval_episodes",
             "save_freq",
+            "imitate_updates",
         ):
             if getattr(self, name) < 1:
                 raise InputError("train", name, getattr(self, name), "must be at least 1")
@@ -130,6 +139,8 @@ class Command(Setup):
         _check_device(self.device)
         if self.resume and self.algo != "ppo":
             raise InputError("train", "algo", self.algo, "only ppo can be resumed")
+        if self.imitate is not None and self.algo != "ppo":
+            raise InputError("train", "imitate", self.imitate, "only ppo imitates")
         check_seed("train", self.seed)
         if self.eval_freq < 0:
             raise InputError("train", "eval_freq", self.eval_freq, "must be >= 0")
@@ -180,7 +191,7 @@ class Command(Setup):
 
     def _settings(self, scenario: Scenario) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
-        names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed")
+        names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates")
         settings: dict[str, Any] = {
             "scenario": asdict(scenario),
             "ppo": asdict(self._config(scenario)),
