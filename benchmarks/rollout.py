@@ -3,7 +3,7 @@
     python benchmarks/rollout.py
 
 The detail has one thread, the share of each phase (measured by leaving out the others), and beside it the
-batched path in the same run: torch's dense network, and the numpy one, on the environment stepped from outside.
+batched path in the same run: torch's dense network, and numpy's, with the environment stepped from Python.
 """
 
 from __future__ import annotations

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 import torch
 import tyro
 
-from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, read_info
+from servegym.agents.heuristics import make_heuristic
+from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, read_info
 from servegym.agents.task import Task
 from servegym.envs.cluster.decisions import ENVIRONMENTS, divide
 from servegym.envs.cluster.episode import fleets_of, mix_episodes
@@ -77,6 +78,10 @@ class Command(Setup):
     """Where the checkpoint folder goes."""
     tensorboard_log: str = "runs/tensorboard"
     """Where TensorBoard's event files go."""
+    imitate: str | None = None
+    """Heuristic whose answers ppo learns first, before it improves on them; none by default."""
+    imitate_updates: int = 16
+    """Roll-outs of learning from that heuristic, from its own play at first to the network's at last."""
     resume: bool = False
     """Go on from the checkpoint in that folder; the other flags must be those of the run."""
     track: bool = False
@@ -99,6 +104,9 @@ class Command(Setup):
         if self.resume:
             _check_settings(settings, folder)
         agent = self._agent(self._environment(scenarios), task, folder)
+        if self.imitate is not None and not self.resume:
+            agreements = imitate(cast("PPO", agent), make_heuristic(self.imitate), self.imitate_updates)
+            say(f"imitation of {self.imitate}: the same answer to {agreements[-1]:.0%} of the questions")
         callbacks = [
             CheckpointCallback(
                 folder, self.save_freq, lambda model: self._files(model, scenarios, settings, [])
@@ -134,6 +142,7 @@ class Command(Setup):
             "num_threads",
             "eval_episodes",
             "save_freq",
+            "imitate_updates",
         ):
             if getattr(self, name) < 1:
                 raise InputError("train", name, getattr(self, name), "must be at least 1")
@@ -144,6 +153,8 @@ class Command(Setup):
         _check_device(self.device)
         if self.resume and self.algo != "ppo":
             raise InputError("train", "algo", self.algo, "only ppo can be resumed")
+        if self.imitate is not None and self.algo != "ppo":
+            raise InputError("train", "imitate", self.imitate, "only ppo imitates")
         check_seed("train", self.seed)
         if self.eval_freq < 0:
             raise InputError("train", "eval_freq", self.eval_freq, "must be >= 0")
@@ -205,7 +216,7 @@ class Command(Setup):
 
     def _settings(self, task: Task, scenarios: list[Scenario]) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
-        names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed")
+        names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates")
         settings: dict[str, Any] = {
             "task": asdict(task),
             "ppo": asdict(self._config(scenarios[0].beta)),

@@ -191,3 +191,10 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path, refused):
         assert "metrics.json: JSON" in refused("export", "-i", str(folder), "-o", str(output))
     assert "no checkpoint" in refused("export", "-i", str(tmp_path / "nowhere"), "-o", str(output))
     assert not output.exists()
+
+
+def test_imitates_a_heuristic_first(train_command, tmp_path, capsys):
+    assert main(train_command(tmp_path, "--imitate", "least_tokens", "--imitate-updates", "2")) == 0
+    assert "imitation of least_tokens: the same answer to" in capsys.readouterr().out
+    assert main(train_command(tmp_path / "x", "--imitate", "teacher")) == 2
+    assert "heuristics: name" in capsys.readouterr().err
