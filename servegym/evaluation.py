@@ -94,6 +94,12 @@ def decisions_of(scenario: Scenario) -> tuple[str, ...]:
     return allowed_decisions(fleets_of(scenario))
 
 
+def three_loads(scenario: Scenario) -> list[float]:
+    """The lowest, the middle and the highest load of a scenario."""
+    low, high = scenario.loads
+    return sorted({low, (low + high) / 2, high})
+
+
 def load_of(scenario: Scenario, cluster: str, rate_rps: float) -> float:
     """Which load a rate in requests/s is on a fleet.
 

@@ -16,14 +16,13 @@ from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.metrics import Interval
 from servegym.envs.scenario import Scenario
-from servegym.evaluation import Row, Setting, Table, compare, decisions_of, measure
+from servegym.evaluation import Row, Setting, Table, compare, decisions_of, measure, three_loads
 
 if TYPE_CHECKING:
     from servegym.agents.ppo import PPO
 
 LOGGED = ("goodput", "ttft_mean_s", "ttft_p99_s", "tpot_p99_s", "e2e_mean_s", "e2e_p99_s", "preemptions")
 COLUMNS = {"ttft_mean_s": 1.0, "ttft_p99_s": 1.0, "tpot_p99_s": 1e3, "e2e_mean_s": 1.0, "e2e_p99_s": 1.0}
-LOADS = 3  # of a scenario's range, both ends among them
 EVAL_SEED = 1_000_003  # far from training seeds, the same for every run of a scenario
 
 
@@ -79,9 +78,8 @@ def final_tables(
     """
     tables = []
     for scenario in scenarios:
-        loads = np.unique(np.linspace(*scenario.loads, LOADS)).tolist()
         cluster = scenario.clusters[len(scenario.clusters) // 2]
-        settings = [Setting(cluster, load) for load in loads]
+        settings = [Setting(cluster, load) for load in three_loads(scenario)]
         known = heuristic_names(decisions_of(scenario))
         heuristics = [make_heuristic(name) for name in known if names is None or name in names]
         tables += compare(

@@ -8,6 +8,8 @@ from servegym.agents.ppo.rollout import Steps, Tally
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.state import NONE
 
+LEAST_SPREAD = 0.05
+
 
 def real_values(steps: Steps, tally: Tally, mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
     """Values of each decision and of what follows it, in the units of the reward.
@@ -122,6 +124,24 @@ def group_relative(steps: Steps, advantages: np.ndarray, group_size: int) -> np.
     lane = of_groups(steps.lane % group_size)
     _compare(of_groups(steps.now_s), of_groups(steps.plays), lane, rows, own, counts, rank, at, relative)
     return relative.reshape(-1, len(advantages), group_size).swapaxes(0, 1).reshape(advantages.shape)
+
+
+def comparable(advantages: np.ndarray, group_size: int) -> np.ndarray:
+    """Advantages of mean 0 and a standard deviation of about 1 in each group.
+
+    Groups play different loads, and different scenarios whose rewards differ by orders of magnitude: without
+    this the most overloaded episode would be all that is learned from. A group in which answers hardly matter
+    is not blown up beyond `LEAST_SPREAD` of the whole.
+
+    Args:
+        advantages: float64 [T, B].
+        group_size: lanes of a group.
+    """
+    advantages = advantages - advantages.mean()
+    groups = advantages.reshape(len(advantages), -1, group_size)
+    spread = groups.std((0, 2), keepdims=True)
+    scaled = groups / np.maximum(spread, LEAST_SPREAD * advantages.std() + 1e-8)
+    return scaled.reshape(advantages.shape)
 
 
 @kernel

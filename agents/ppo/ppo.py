@@ -23,7 +23,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, safe_mean
 from torch import Tensor
 
-from servegym.agents.ppo.advantage import gae, group_relative, real_values
+from servegym.agents.ppo.advantage import comparable, gae, group_relative, real_values
 from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer
 from servegym.agents.ppo.checkpoint import CheckpointInfo, read_network, save_checkpoint
 from servegym.agents.ppo.config import PPOConfig
@@ -308,8 +308,8 @@ class PPO(OnPolicyAlgorithm):
         self.logger.record("losses/explained_variance", explained)
         self._rescale_values(returns)
         buffer.targets[:] = (returns - scale.mean) / scale.std
-        advantages = group_relative(steps, advantages, self.vector_env.group_size)
-        buffer.advantages[:] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        group_size = self.vector_env.group_size
+        buffer.advantages[:] = comparable(group_relative(steps, advantages, group_size), group_size)
 
     def _rescale_values(self, returns: np.ndarray) -> None:
         """Update the normaliser and, as PopArt does (arXiv 1602.07714), keep what the value head says."""

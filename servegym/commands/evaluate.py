@@ -29,6 +29,7 @@ from servegym.evaluation import (
     episodes_of,
     load_of,
     measure,
+    three_loads,
 )
 from servegym.files import check_folder, command_line, console, git_revision, trace_hashes, write_json
 from servegym.flags import DEFAULT_SCENARIO, Setup, check_environment, check_seed
@@ -76,8 +77,9 @@ class Command(Setup):
     """Refuse agents that are not for this environment; each knows its own."""
     policies: tuple[str, ...] = ()
     """Heuristics to compare with (see `servegym heuristics`); by default all of use in the scenario."""
-    loads: tuple[float, ...] = (0.6, 0.8, 1.0)
-    """Offered loads as fractions of the fleet's saturation throughput on the workload."""
+    loads: tuple[float, ...] = ()
+    """Offered loads as fractions of the fleet's saturation throughput on the workload; by default three from
+    the scenario's lowest to its highest."""
     rates: tuple[float, ...] = ()
     """Offered loads in requests/s instead."""
     seeds: int = 5
@@ -143,7 +145,7 @@ class Command(Setup):
         return [
             Setting(cluster, load)
             for cluster in scenario.clusters
-            for load in ([load_of(scenario, cluster, rate) for rate in self.rates] or self.loads)
+            for load in ([load_of(scenario, cluster, rate) for rate in self.rates] or self.loads or three_loads(scenario))
         ]
 
     def _play(
