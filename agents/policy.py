@@ -23,10 +23,20 @@ class Policy(Protocol):
         ...
 
     @property
-    def needs_oracle(self) -> bool:
-        """True for rules that read `obs["oracle"]`, [B, I] seconds of work truly left on each instance.
+    def kinds(self) -> tuple[str, ...]:
+        """The questions that it answers, of `servegym.envs.cluster.schema.KINDS`.
 
-        No deployment knows it; only evaluation asks the environment for it.
+        Whoever plays it leaves other questions to built-in rules; those of these kinds that it has no opinion
+        on it answers by 0.
+        """
+        ...
+
+    @property
+    def needs_oracle(self) -> bool:
+        """True for rules that read `obs["oracle"]`, [B, C], what each answer truly costs.
+
+        Seconds of work left on the instance of a dispatch, output tokens to come of a request that may give
+        way or move. No deployment knows it; only evaluation asks the environment for it.
         """
         ...
 
@@ -34,7 +44,7 @@ class Policy(Protocol):
         """Forget everything and prepare for `lanes` parallel clusters."""
 
     def act(self, obs: Observation) -> np.ndarray:
-        """Answer one decision per lane.
+        """Answer one question per lane.
 
         Args:
             obs: arrays of `servegym.envs.cluster.schema` with a leading lane dimension B.

@@ -1,13 +1,14 @@
 """What is simulated: workloads, costs, the cluster model and its Gymnasium environments.
 
-Importing this package registers the environments, so `gymnasium.make("ServeGym/Dispatch-v0")` works after
-`import servegym.envs`, and so does `gymnasium.make("servegym.envs:ServeGym/Dispatch-v0")` alone.
+Importing this package registers the environments, so `gymnasium.make("ServeGym/Cluster-v0")` works after
+`import servegym.envs`, and so does `gymnasium.make("servegym.envs:ServeGym/Cluster-v0")` alone.
 """
 
 import gymnasium
 
-gymnasium.register(
-    id="ServeGym/Dispatch-v0",
-    entry_point="servegym.envs.cluster.env:DispatchEnv",
-    vector_entry_point="servegym.envs.cluster.vector:DispatchVectorEnv",
-)
+for _name in ("Dispatch", "Preempt", "Migrate", "Budget", "Cluster"):
+    gymnasium.register(
+        id=f"ServeGym/{_name}-v0",
+        entry_point=f"servegym.envs.cluster.env:{_name}Env",
+        vector_entry_point=f"servegym.envs.cluster.vector:{_name}VectorEnv",
+    )

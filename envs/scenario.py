@@ -50,6 +50,7 @@ class Scenario:
         classes: class name -> fraction of the sessions, drawn for each episode; empty keeps the workload's.
         priorities: priority -> fraction of the sessions, drawn likewise; lower is more urgent, and engines
             heed it with `queue = "priority"` in `engine`. The priorities are text, as TOML's keys are.
+        class_priority: class name -> priority of all its requests, in place of drawn priorities.
         slo: service level of every class without an entry in `class_slo`.
         class_slo: service levels by class name.
         reward: `latency` or `goodput`; formulas in `servegym.envs.cluster.reward`.
@@ -75,6 +76,7 @@ class Scenario:
     zero_output: str = "refuse"
     classes: dict[str, float] = field(default_factory=dict)
     priorities: dict[str, float] = field(default_factory=dict)
+    class_priority: dict[str, int] = field(default_factory=dict)
     slo: Slo = field(default_factory=Slo)
     class_slo: dict[str, Slo] = field(default_factory=dict)
     reward: str = "latency"
@@ -108,8 +110,11 @@ class Scenario:
         for number, at_s in self.drain.items():
             known = number.isascii() and number.isdigit() and 0 <= at_s <= LARGEST
             require(known, "drain", f"give instance number -> seconds in 0..{LARGEST:g}")
-        for level in self.priorities:
-            require(_is_priority(level), "priorities", "priorities are whole numbers in -32768..32767")
+        levels = [*self.priorities, *map(str, self.class_priority.values())]
+        name = "class_priority" if self.class_priority else "priorities"
+        require(all(map(_is_priority, levels)), name, "priorities are whole numbers in -32768..32767")
+        both = bool(self.priorities and self.class_priority)
+        require(not both, "class_priority", "priorities are drawn or go by class; leave one of them out")
         for name, slo in {"slo": self.slo, **self.class_slo}.items():
             positive = 0 < slo.ttft_s <= LARGEST and 0 < slo.tpot_s <= LARGEST
             if not (positive and 0 <= slo.weight <= LARGEST):

@@ -23,10 +23,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from servegym.agents.policy import Observation
+from servegym.agents.task import Task, read_task
+from servegym.envs.cluster.decisions import kinds_of
 from servegym.envs.cluster.schema import schema_hash
 from servegym.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, WEIGHTS, GRAPH, GOLDEN, CARD = (
     "manifest.json",
     "policy.safetensors",
@@ -43,13 +45,17 @@ class BundlePolicy:
     Attributes:
         name: the policy's name in tables.
         manifest: what manifest.json says.
+        task: what it was trained for.
+        kinds: the questions that it answers.
     """
 
     needs_oracle = False
 
-    def __init__(self, graph: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, graph: Path, manifest: dict[str, Any], task: Task) -> None:
         self.name = str(manifest["policy"])
         self.manifest = manifest
+        self.task = task
+        self.kinds = kinds_of(task.decisions)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
@@ -82,8 +88,9 @@ def load_bundle(folder: str | Path) -> BundlePolicy:
     if observed != schema_hash():
         hint = f"this version observes {schema_hash()}; export the checkpoint again with it"
         raise InputError(folder / MANIFEST, "schema.hash", observed, hint)
+    task = read_task(folder / MANIFEST, manifest["task"])
     try:
-        policy = BundlePolicy(folder / GRAPH, manifest)
+        policy = BundlePolicy(folder / GRAPH, manifest, task)
     except Exception as error:  # onnxruntime's errors have no common base class
         raise InputError(
             folder / GRAPH, "graph", str(error).splitlines()[0], "export the bundle again"
@@ -144,7 +151,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         raise InputError(path, "JSON", type(manifest).__name__, hint)
     if manifest.get("format") != FORMAT:
         raise InputError(path, "format", manifest.get("format"), f"this version reads format {FORMAT}")
-    for name, kind in (("policy", str), ("schema", dict), ("files", dict)):
+    for name, kind in (("policy", str), ("schema", dict), ("files", dict), ("task", dict)):
         if not isinstance(manifest.get(name), kind):
             raise InputError(path, name, manifest.get(name), hint)
     if set(manifest["files"]) != {GRAPH, WEIGHTS, GOLDEN, CARD}:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from servegym import __version__
 from servegym.agents.policy import Policy
+from servegym.agents.task import Task
 from servegym.envs.cluster import schema
+from servegym.envs.cluster.decisions import kinds_of
 from servegym.errors import InputError
 from servegym.models import numpy_policy
 from servegym.models.dense import DenseNetwork
@@ -43,10 +45,15 @@ from servegym.runtime.bundle import (
 )
 
 OPSET = 20
-ACTIONS = (
-    "argmax of logits; 0 leaves the choice to the default rule, k >= 1 sends the request to instance row "
-    "k - 1; candidates with mask 0 score at most -1e9"
-)
+ACTIONS = {
+    "dispatch": "0 leaves the choice to the default rule, k >= 1 sends the request to instance row k - 1",
+    "preempt": "0 leaves the victim to the engine, 1 + 2 row recomputes that request, 2 + 2 row swaps it",
+    "migrate": "0 moves nothing (more) this time, k >= 1 moves from the instance in the third column of "
+    "candidates to the one in the second",
+    "move": "0 moves the default request, k >= 1 the request of row k - 1",
+    "budget": "0 keeps the budget, k >= 1 sets it to the engine's token budget / 2^(k - 1), at least 16",
+}
+SCORES = "argmax of logits; candidates with mask 0 score at most -1e9"
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -58,7 +65,7 @@ class Origin:
         policy: its name.
         command: the training command.
         revision: git revision of the code, or None.
-        scenario: the scenario as plain data.
+        task: what the policy was trained for.
         decisions: decisions trained on.
         seed: training seed.
         traces: SHA-256 of each trace file by path; empty for embedded workloads.
@@ -68,7 +75,7 @@ class Origin:
     policy: str
     command: str = ""
     revision: str | None = None
-    scenario: dict[str, Any] = field(default_factory=dict)
+    task: Task = field(default_factory=Task)
     decisions: int = 0
     seed: int = 0
     traces: dict[str, str] = field(default_factory=dict)
@@ -114,8 +121,8 @@ def _write(network: DenseNetwork, observations: Sequence[Arrays], draft: Path, o
     stored = load_file(draft / WEIGHTS)
     for group in golden:
         check_golden("numpy", numpy_policy.forward(stored, group)[0], group)
-    _write_graph(network, golden[0], draft / GRAPH)
-    measured = decision_us(BundlePolicy(draft / GRAPH, {"policy": origin.policy}), golden[0])
+    _write_graph(network, max(golden, key=lambda group: group["requests"].shape[1]), draft / GRAPH)
+    measured = decision_us(BundlePolicy(draft / GRAPH, {"policy": origin.policy}, origin.task), golden[0])
     manifest = _manifest(network, origin, measured)
     (draft / CARD).write_text(_card(manifest), encoding="utf-8")
     manifest["files"] = {name: sha256(draft / name) for name in (GRAPH, WEIGHTS, GOLDEN, CARD)}
@@ -161,6 +168,8 @@ def _write_graph(network: DenseNetwork, example: Arrays, path: Path) -> None:
         shapes[name][1] = instances
     for name in ("candidates", "edges", "mask"):
         shapes[name][1] = candidates
+    if example["requests"].shape[1] > 1:  # of one request, as in dispatch, the network needs no indexing
+        shapes["requests"][1] = torch.export.Dim("requests")
     arrays = tuple(torch.from_numpy(np.concatenate([example[name]] * 2)) for name in ARRAYS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -186,15 +195,24 @@ def decision_us(policy: Policy, golden: Arrays, instances: int = 16, repeats: in
 
 
 def resize(obs: Arrays, instances: int) -> dict[str, np.ndarray]:
-    """The first lane of a dispatch observation, its instance rows repeated or cut to a fleet of that size."""
+    """The first lane of an observation, its instances repeated or cut to a fleet of that size.
+
+    The candidates of a dispatch, one an instance, follow; other questions keep theirs.
+    """
     rows = np.arange(instances) % int(obs["instance_mask"][0].sum())
-    edges = np.concatenate([[0], 1 + rows])
+    size = schema.most_candidates(instances, obs["requests"].shape[1])
+    kept = np.arange(size) % obs["mask"].shape[1]
+    is_dispatch = schema.KINDS[obs["kind"][0]] == "dispatch"
+    if is_dispatch:
+        kept[: instances + 1] = np.concatenate([[0], 1 + rows])
     out = {name: np.ascontiguousarray(obs[name][:1]) for name in ARRAYS}
     out["instances"], out["instance_mask"] = obs["instances"][:1, rows], obs["instance_mask"][:1, rows]
-    out["edges"], out["mask"] = obs["edges"][:1, edges], obs["mask"][:1, edges]
-    out["candidates"] = obs["candidates"][:1, edges].copy()
-    out["candidates"][0, 1:, 1] = np.arange(instances)
-    out["candidates"][0, 0, 1] %= instances
+    for name in ("edges", "mask", "candidates"):
+        out[name] = obs[name][:1, kept].copy()
+    out["candidates"][0, :, 1] %= instances
+    if is_dispatch:
+        out["candidates"][0, 1 : instances + 1, 1] = np.arange(instances)
+        out["mask"][0, instances + 1 :] = 0
     return out
 
 
@@ -203,9 +221,10 @@ def _manifest(network: DenseNetwork, origin: Origin, measured_us: float) -> dict
     return {
         "format": FORMAT,
         "policy": origin.policy,
-        "kind": "dispatch",
+        "task": asdict(origin.task),
         "schema": {"hash": schema.schema_hash(), **schema.describe()},
-        "actions": ACTIONS,
+        "actions": {kind: ACTIONS[kind] for kind in kinds_of(origin.task.decisions)},
+        "answer": SCORES,
         "network": vars(network.config),
         "fallback": origin.fallback,
         "onnx": {"opset": OPSET, "inputs": list(ARRAYS), "output": "logits"},
@@ -213,7 +232,7 @@ def _manifest(network: DenseNetwork, origin: Origin, measured_us: float) -> dict
         "decision_us": {"instances": 16, "runtime": "onnxruntime, 1 thread", "p50": round(measured_us, 1)},
         "training": {
             "command": origin.command, "revision": origin.revision, "seed": origin.seed,
-            "decisions": origin.decisions, "scenario": origin.scenario, "traces": origin.traces,
+            "decisions": origin.decisions, "traces": origin.traces,
         },
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in packages}},
     }  # fmt: skip
@@ -226,13 +245,15 @@ def _version(name: str) -> str | None:
 
 def _card(manifest: dict[str, Any]) -> str:
     training, decision = manifest["training"], manifest["decision_us"]
+    answers = "\n".join(f"  - {kind}: {text}" for kind, text in manifest["actions"].items())
     return f"""# {manifest["policy"]}
 
-A dispatch policy for clusters that serve large language models, exported by ServeGym.
+A policy for clusters that serve large language models, exported by ServeGym from `{manifest["task"]["env"]}`.
 
 - load: `servegym.runtime.bundle.load_bundle("path/to/this/folder")`, without torch
 - observation schema: `{manifest["schema"]["hash"]}` (features, units and scaling in {MANIFEST})
-- answer: {manifest["actions"]}
+- answer: {manifest["answer"]}
+{answers}
 - one decision among {decision["instances"]} instances: {decision["p50"]} us (median, {decision["runtime"]})
 - fall back to: `{manifest["fallback"]}`
 - trained by: `{training["command"]}`

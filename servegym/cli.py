@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Protocol
 
 import tyro
 
@@ -16,12 +17,23 @@ COMMANDS = {
     "train": "train a policy with PPO, or go on where a run stopped",
     "evaluate": "play policies and heuristics on the same requests; table, JSON and plots",
     "export": "turn a checkpoint into a bundle that needs no torch",
+    "timeline": "play an episode and write it as a trace for ui.perfetto.dev",
     "data": "list the workloads, or look into one",
     "profile": "list, show or build cost profiles",
     "scenarios": "list the scenarios",
     "heuristics": "list the heuristics",
 }
+# What a command can be asked for instead of its usual work, as a word behind its name.
+SPECIAL = {("evaluate", "zoo"): "zoo"}
 BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Command(Protocol):
+    """A dataclass of flags."""
+
+    def run(self) -> int:
+        """Do the work; returns the exit code."""
+        ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,11 +67,23 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"servegym {__version__}")
         return 0
+    return parse(arguments).run()
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command that such a line asks for; argparse's SystemExit where a flag is unknown.
+
+    Raises:
+        InputError: for an unknown command.
+    """
     name = arguments[0]
     if name not in COMMANDS:
         raise InputError("servegym", "command", name, f"choose one of {', '.join(COMMANDS)}")
-    command = import_module(f"servegym.commands.{name}").Command  # late: most commands need no torch
-    return tyro.cli(command, prog=f"servegym {name}", args=arguments[1:]).run()
+    special = SPECIAL.get((name, arguments[1] if len(arguments) > 1 else ""))
+    words = 2 if special else 1
+    # Late: most commands need no torch.
+    command = import_module(f"servegym.commands.{special or name}").Command
+    return tyro.cli(command, prog=f"servegym {' '.join(arguments[:words])}", args=arguments[words:])
 
 
 def _refuse(message: str) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 from servegym.agents.play import play
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.capacity import saturation_rps
-from servegym.envs.cluster.episode import Episode, make_episodes, sample_workload
+from servegym.envs.cluster.decisions import allowed_decisions
+from servegym.envs.cluster.episode import Episode, fleets_of, make_episodes, sample_workload
 from servegym.envs.cluster.spec import parse_cluster
 from servegym.envs.metrics import METRICS, Interval, class_slos, interval, paired_difference, summarize
 from servegym.envs.scenario import Scenario
@@ -59,12 +60,14 @@ class Table:
     """All policies in one setting, best goodput first.
 
     Attributes:
+        scenario: name of what surrounds the setting.
         setting: fleet and load.
         rate_rps: mean arrival rate over the seeds, requests/s.
         requests: requests of a seed's episode.
         rows: one a policy.
     """
 
+    scenario: str
     setting: Setting
     rate_rps: float
     requests: int
@@ -80,6 +83,15 @@ def episodes_of(scenario: Scenario, setting: Setting, seeds: int, seed: int) -> 
     """The episodes that every policy plays in a setting: common random numbers, disjoint parts of a trace."""
     fixed = replace(scenario, clusters=(setting.cluster,), loads=(setting.load, setting.load))
     return make_episodes(fixed, seeds, seed, disjoint=True)
+
+
+def decisions_of(scenario: Scenario) -> tuple[str, ...]:
+    """The decisions that a scenario's levers allow.
+
+    Raises:
+        InputError: for a fleet that cannot be read.
+    """
+    return allowed_decisions(fleets_of(scenario))
 
 
 def load_of(scenario: Scenario, cluster: str, rate_rps: float) -> float:
@@ -102,13 +114,30 @@ def measure(
     seed: int = 0,
 ) -> Row:
     """Play one policy on all episodes, one lane each, and summarise its records."""
-    records = play(policy, scenario, episodes, num_threads=num_threads, seed=seed)
-    episode_metrics = [
-        summarize(r, class_slos(e.workload.class_names, scenario.slo, scenario.class_slo))
-        for r, e in zip(records, episodes, strict=True)
-    ]
-    samples = {m.name: np.array([metrics[m.name] for metrics in episode_metrics]) for m in METRICS}
-    return Row(policy.name, policy.needs_oracle, learned, samples)
+    return _measure_all(policy, scenario, [episodes], learned, num_threads, seed)[0]
+
+
+def _measure_all(
+    policy: Policy,
+    scenario: Scenario,
+    groups: Sequence[Sequence[Episode]],
+    learned: bool,
+    num_threads: int,
+    seed: int,
+) -> list[Row]:
+    """A row for each group of episodes; all play at once: a policy answers many lanes as fast as few."""
+    together = [episode for group in groups for episode in group]
+    seeds = [seed + k for group in groups for k in range(len(group))]
+    records = iter(play(policy, scenario, together, num_threads=num_threads, seed=seeds))
+    rows = []
+    for group in groups:
+        found = [
+            summarize(next(records), class_slos(e.workload.class_names, scenario.slo, scenario.class_slo))
+            for e in group
+        ]
+        samples = {m.name: np.array([metrics[m.name] for metrics in found]) for m in METRICS}
+        rows.append(Row(policy.name, policy.needs_oracle, learned, samples))
+    return rows
 
 
 def compare(
@@ -136,18 +165,16 @@ def compare(
         progress: told what runs next.
     """
     policies = [(p, False) for p in heuristics] + [(p, True) for p in learned]
+    groups = [episodes_of(scenario, setting, seeds, seed) for setting in settings]
+    rows = []
+    for policy, is_learned in policies:
+        progress(f"{scenario.name}: {policy.name}")
+        rows.append(_measure_all(policy, scenario, groups, is_learned, num_threads, seed))
     tables = []
-    for setting in settings:
-        episodes = episodes_of(scenario, setting, seeds, seed)
-        rows = []
-        for policy, is_learned in policies:
-            progress(f"{setting.cluster} at load {setting.load:.2f}: {policy.name}")
-            rows.append(
-                measure(policy, scenario, episodes, learned=is_learned, num_threads=num_threads, seed=seed)
-            )
-        rate = float(np.mean([e.workload.rate_rps for e in episodes]))
-        requests = len(episodes[0].workload)
-        tables.append(Table(setting, rate, requests, tuple(sorted(rows, key=_rank))))
+    for k, (setting, group) in enumerate(zip(settings, groups, strict=True)):
+        rate = float(np.mean([e.workload.rate_rps for e in group]))
+        found = sorted((row[k] for row in rows), key=_rank)
+        tables.append(Table(scenario.name, setting, rate, len(group[0].workload), tuple(found)))
     return tables
 
 
@@ -159,6 +186,7 @@ def as_json(tables: Sequence[Table], samples: bool = True) -> list[dict]:
     """Plain data: each metric with interval, paired difference to the best heuristic, and samples."""
     return [
         {
+            "scenario": table.scenario,
             "cluster": table.setting.cluster,
             "load": table.setting.load,
             "rate_rps": table.rate_rps,

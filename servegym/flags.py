@@ -1,4 +1,4 @@
-"""The flags that train and evaluate share: which environment, and how it differs from its scenario."""
+"""The flags that train and evaluate share: which scenarios, and what differs from them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from servegym.envs.cluster.decisions import ENVIRONMENTS
 from servegym.envs.scenario import Scenario, load_scenario
 from servegym.errors import InputError
 
-ENVIRONMENTS = ("ServeGym/Dispatch-v0",)
+DEFAULT_SCENARIO = "mixed"
 
 
 def check_seed(command: str, seed: int) -> None:
@@ -25,12 +26,10 @@ def check_seed(command: str, seed: int) -> None:
 
 @dataclass(kw_only=True)
 class Setup:
-    """Flags that pick a scenario; those left out keep what the scenario says."""
+    """Flags that pick scenarios; those left out keep what the scenario says."""
 
-    env: str = ENVIRONMENTS[0]
-    """Environment id."""
-    scenario: str = "mixed"
-    """Name (see `servegym scenarios`) or TOML file."""
+    scenario: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Name (see `servegym scenarios`) or TOML file; repeat for several. `mixed` by default."""
     workload: str | None = None
     """Generator (see `servegym data`) or trace file."""
     cluster: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -52,17 +51,15 @@ class Setup:
     prefix_caching: bool | None = None
     """Automatic prefix caching."""
 
-    def resolve(self, **overrides: Any) -> Scenario:
-        """The scenario with the flags applied.
+    def resolve(self, **overrides: Any) -> list[Scenario]:
+        """The scenarios with the flags applied.
 
         Args:
-            overrides: fields of the scenario that win over file and flags.
+            overrides: fields of the scenarios that win over file and flags.
 
         Raises:
-            InputError: an unknown environment, a bad scenario file, or a bad value.
+            InputError: a bad scenario file, or a bad value.
         """
-        if self.env not in ENVIRONMENTS:
-            raise InputError("servegym", "env", self.env, f"choose one of {', '.join(ENVIRONMENTS)}")
         names = (
             "workload",
             "requests",
@@ -77,4 +74,15 @@ class Setup:
         flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.cluster:
             flags["clusters"] = tuple(self.cluster)
-        return replace(load_scenario(self.scenario), **{**flags, **overrides})
+        chosen = self.scenario or (DEFAULT_SCENARIO,)
+        return [replace(load_scenario(name), **{**flags, **overrides}) for name in chosen]
+
+
+def check_environment(command: str, env: str) -> None:
+    """Refuse the id of an environment that there is not.
+
+    Raises:
+        InputError: naming those that there are.
+    """
+    if env not in ENVIRONMENTS:
+        raise InputError(command, "env", env, f"choose one of {', '.join(ENVIRONMENTS)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from sb3_contrib import MaskablePPO
@@ -18,8 +18,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from servegym.agents.ppo import CheckpointInfo, PPOConfig, save_checkpoint
 from servegym.agents.ppo.tracking import WandbWriter
+from servegym.agents.task import Task
 from servegym.envs.cluster.sb3 import ServeGymVecEnv
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
 from servegym.models.sb3 import GraphMaskablePolicy
@@ -32,19 +33,19 @@ class MaskableTrainer(MaskablePPO):
 
     Args:
         env: SAME_STEP and `copy=True`, as stable-baselines3 keeps observations across steps.
-        network, config, seed, log_dir, track, scenario, command, device: as for `servegym.agents.ppo.PPO`;
+        network, config, seed, log_dir, track, task, command, device: as for `servegym.agents.ppo.PPO`;
             of the hyperparameters, gae_horizon_s, anneal and num_threads have no counterpart.
     """
 
     def __init__(
         self,
-        env: DispatchVectorEnv,
+        env: ClusterVectorEnv,
         network: NetworkConfig,
         config: PPOConfig,
         seed: int,
         log_dir: str,
         track: str | None,
-        scenario: Mapping[str, Any],
+        task: Task,
         command: str,
         device: str,
     ) -> None:
@@ -66,10 +67,10 @@ class MaskableTrainer(MaskablePPO):
             seed=seed,
             device=device,
         )
-        self.config, self.scenario, self.command = config, dict(scenario), command
+        self.config, self.task, self.command = config, task, command
         writers: list[KVWriter] = [TensorBoardOutputFormat(log_dir)]
         if track is not None:
-            writers.append(WandbWriter(track, log_dir, {"scenario": self.scenario, "ppo": vars(config)}))
+            writers.append(WandbWriter(track, log_dir, {"task": vars(task), "ppo": vars(config)}))
         self.set_logger(Logger(log_dir, writers))
 
     @property
@@ -89,7 +90,7 @@ class MaskableTrainer(MaskablePPO):
         info = CheckpointInfo(
             network=self.network.config,
             ppo=self.config,
-            scenario=self.scenario,
+            task=self.task,
             command=self.command,
             seed=self.seed or 0,
             steps=self.num_timesteps,
@@ -98,7 +99,7 @@ class MaskableTrainer(MaskablePPO):
         save_checkpoint(folder, info, self.network, extra=extra)
 
 
-def mean_elapsed_s(env: DispatchVectorEnv, seed: int) -> float:
+def mean_elapsed_s(env: ClusterVectorEnv, seed: int) -> float:
     """Mean seconds between two decisions of a lane, under the default answers; resets the environment."""
     env.reset(seed=seed)
     answers = np.zeros(env.num_envs, np.int64)

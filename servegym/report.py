@@ -23,7 +23,7 @@ def render(table: Table) -> RichTable:
     seeds = len(best.samples["goodput"])
     setting = table.setting
     out = RichTable(
-        title=f"{setting.cluster} at {table.rate_rps:.2f} requests/s "
+        title=f"{table.scenario}: {setting.cluster} at {table.rate_rps:.2f} requests/s "
         f"({setting.load:.0%} of saturation), {seeds} seeds of {table.requests:,} requests",
         caption=f"Δ: paired difference in goodput to {best.policy}, percentage points; * trained; "
         "† reads the future; preempt: preemptions per 1000 requests; open: unfinished requests; "
@@ -82,7 +82,7 @@ PLOTS = (("goodput", "goodput (fraction)", False), ("ttft_p99_s", "TTFT P99 (s)"
 
 
 def plot(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """One PNG a fleet: four metrics over the offered load with 95% intervals; needs matplotlib.
+    """One PNG a scenario and fleet: four metrics over the load with 95% intervals; needs matplotlib.
 
     Raises:
         ImportError: without matplotlib (`pip install servegym[plots]`).
@@ -91,9 +91,10 @@ def plot(tables: Sequence[Table], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     paths = []
-    for cluster in dict.fromkeys(t.setting.cluster for t in tables):
-        path = folder / f"{re.sub(r'[^A-Za-z0-9.+-]', '_', cluster)}.png"
-        _plot_cluster([t for t in tables if t.setting.cluster == cluster], path)
+    for scenario, cluster in dict.fromkeys((t.scenario, t.setting.cluster) for t in tables):
+        path = folder / f"{re.sub(r'[^A-Za-z0-9.+-]', '_', f'{scenario}-{cluster}')}.png"
+        own = [t for t in tables if (t.scenario, t.setting.cluster) == (scenario, cluster)]
+        _plot_cluster(own, path)
         paths.append(path)
     return paths
 
@@ -111,7 +112,7 @@ def _plot_cluster(tables: Sequence[Table], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("offered load (fraction of saturation)")
-    figure.suptitle(tables[0].setting.cluster)
+    figure.suptitle(f"{tables[0].scenario}: {tables[0].setting.cluster}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right", fontsize="small")
     figure.tight_layout(rect=(0, 0, 0.83, 1))
     figure.savefig(path, dpi=120)

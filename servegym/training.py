@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from servegym.agents.heuristics import heuristic_names, make_heuristic
+from servegym.agents.policy import Policy
 from servegym.agents.ppo import NetworkPolicy
+from servegym.agents.task import Task
 from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.metrics import Interval
 from servegym.envs.scenario import Scenario
-from servegym.evaluation import Row, Setting, Table, compare, measure
+from servegym.evaluation import Row, Setting, Table, compare, decisions_of, measure
 
 if TYPE_CHECKING:
     from servegym.agents.ppo import PPO
 
 LOGGED = ("goodput", "ttft_mean_s", "ttft_p99_s", "tpot_p99_s", "e2e_mean_s", "e2e_p99_s", "preemptions")
 COLUMNS = {"ttft_mean_s": 1.0, "ttft_p99_s": 1.0, "tpot_p99_s": 1e3, "e2e_mean_s": 1.0, "e2e_p99_s": 1.0}
+LOADS = 3  # of a scenario's range, both ends among them
 EVAL_SEED = 1_000_003  # far from training seeds, the same for every run of a scenario
 
 
 class EvaluationCallback(BaseCallback):
-    """Plays fixed episodes with the network's favourite answers and logs `eval/*`.
+    """Plays fixed episodes with the network's favourite answers and logs `eval/*`, means over scenarios.
 
     Args:
-        scenario: what is played.
+        scenarios: what is played.
         every: decisions between two evaluations, at least; 0 never evaluates.
-        episodes: how many.
+        episodes: how many of each scenario.
         num_threads: episodes that run at the same time.
     """
 
-    def __init__(self, scenario: Scenario, every: int, episodes: int, num_threads: int) -> None:
+    def __init__(self, scenarios: Sequence[Scenario], every: int, episodes: int, num_threads: int) -> None:
         super().__init__()
-        self._scenario, self._every, self._num_threads = scenario, every, num_threads
+        self._every, self._num_threads = every, num_threads
         # Always: here it turns out whether the workload is enough for the comparison at the end, too.
-        self._episodes = make_episodes(scenario, episodes, EVAL_SEED, disjoint=True)
+        self._played = [(s, make_episodes(s, episodes, EVAL_SEED, disjoint=True)) for s in scenarios]
         self._evaluated_at = 0
 
     def _on_training_start(self) -> None:
@@ -50,46 +54,83 @@ class EvaluationCallback(BaseCallback):
         if not self._every or self.model.num_timesteps - self._evaluated_at < self._every:
             return
         self._evaluated_at = self.model.num_timesteps
-        policy = NetworkPolicy(cast("PPO", self.model).network)
-        row = measure(policy, self._scenario, self._episodes, num_threads=self._num_threads)
+        model = cast("PPO", self.model)
+        policy = NetworkPolicy(model.network, task=model.task)
+        rows = [measure(policy, s, episodes, num_threads=self._num_threads) for s, episodes in self._played]
         for name in LOGGED:
-            self.logger.record(f"eval/{name}", row.interval(name).mean)
+            self.logger.record(f"eval/{name}", float(np.mean([row.interval(name).mean for row in rows])))
 
 
-def final_tables(policy: NetworkPolicy, scenario: Scenario, seeds: int, num_threads: int) -> list[Table]:
-    """The trained policy beside every heuristic on each fleet of its scenario, at its highest load."""
-    settings = [Setting(cluster, scenario.loads[1]) for cluster in scenario.clusters]
-    heuristics = [make_heuristic(name) for name in heuristic_names()]
-    return compare(
-        heuristics, [policy], scenario, settings, seeds=seeds, seed=EVAL_SEED, num_threads=num_threads
-    )
+def final_tables(
+    policy: Policy,
+    scenarios: Sequence[Scenario],
+    seeds: int,
+    num_threads: int,
+    names: Collection[str] | None = None,
+) -> list[Table]:
+    """A trained policy beside heuristics on the middle fleet of each scenario, at three loads of its range.
+
+    Args:
+        policy: the trained one.
+        scenarios: what is played.
+        seeds: episodes of each table.
+        num_threads: of the cluster model.
+        names: only these heuristics, of all that answer something in a scenario; None: all of them.
+    """
+    tables = []
+    for scenario in scenarios:
+        loads = np.unique(np.linspace(*scenario.loads, LOADS)).tolist()
+        cluster = scenario.clusters[len(scenario.clusters) // 2]
+        settings = [Setting(cluster, load) for load in loads]
+        known = heuristic_names(decisions_of(scenario))
+        heuristics = [make_heuristic(name) for name in known if names is None or name in names]
+        tables += compare(
+            heuristics, [policy], scenario, settings, seeds=seeds, seed=EVAL_SEED, num_threads=num_threads
+        )
+    return tables
 
 
-def card(name: str, facts: Mapping[str, Any], scenario: Scenario, tables: Sequence[Table]) -> str:
+def card(
+    name: str, facts: Mapping[str, Any], task: Task, scenarios: Sequence[Scenario], tables: Sequence[Table]
+) -> str:
     """The model card, README.md of a checkpoint.
 
     Args:
         name: of the policy.
         facts: command, revision, seed, decisions, decision_us, instances, parameters.
-        scenario: what it was trained on.
+        task: what the policy answers.
+        scenarios: what it was trained on.
         tables: results beside the heuristics, may be empty while training goes on.
     """
+    rules = ", ".join(f"{kind} by `{rule}`" for kind, rule in task.rules.items())
     lines = [
         f"# {name}",
         "",
-        f"A dispatch policy for the scenario `{scenario.name}`: {scenario.description or 'custom'}.",
+        f"A policy for `{task.env}`; it takes {_listed(task.decisions)}"
+        + (f". The cluster model's built-in rules answered the rest: {rules}." if rules else "."),
         "",
         f"- trained by: `{facts['command']}`",
+        "- tables below again, and whether they are the same: `python evaluate.py zoo`",
         f"- code revision: {facts['revision'] or 'unknown'}",
         f"- seed: {facts['seed']}; decisions: {facts['decisions']:,}; parameters: {facts['parameters']:,}",
-        f"- workload: {scenario.workload}; reward: {scenario.reward}",
-        f"- loads: {scenario.loads[0]:g} to {scenario.loads[1]:g} of saturation",
-        f"- fleets: {', '.join(scenario.clusters)}",
+        f"- reward: {scenarios[0].reward}; discount rate {scenarios[0].beta:g}/s",
         f"- observation schema: `{schema_hash()}`",
         f"- one decision among {facts['instances']} instances: {facts['decision_us']} us "
         "(torch, one lane, median); `servegym export` measures ONNX Runtime",
+        "",
+        "| scenario | workload | fleets | loads, of saturation | what it is |",
+        "|---|---|---|---|---|",
+        *(
+            f"| `{s.name}` | {s.workload} | {', '.join(s.clusters)} | {s.loads[0]:g} to {s.loads[1]:g} "
+            f"| {s.description or 'custom'} |"
+            for s in scenarios
+        ),
     ]
     return "\n".join([*lines, *(line for table in tables for line in _section(table)), ""])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _section(table: Table) -> list[str]:
@@ -97,7 +138,7 @@ def _section(table: Table) -> list[str]:
     best = table.best_heuristic
     return [
         "",
-        f"## {table.setting.cluster} at {table.rate_rps:.1f} requests/s",
+        f"## {table.scenario}: {table.setting.cluster} at {table.rate_rps:.1f} requests/s",
         "",
         f"{table.setting.load:.0%} of saturation, {seeds} seeds of {table.requests:,} requests, "
         "the same for all, 95% intervals. "

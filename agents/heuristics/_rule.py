@@ -1,14 +1,17 @@
-"""What the rules share: features by name, the masked choice, and parameter checks."""
+"""What the rules share: features by name, the masked choice, the model's own rules, parameter checks."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from servegym.agents.policy import Observation
-from servegym.envs.cluster import schema
+from servegym.envs.cluster import rules, schema
+from servegym.envs.cluster.observe import Frame
 from servegym.errors import InputError
 
 _INSTANCE = {feature.name: index for index, feature in enumerate(schema.INSTANCE)}
@@ -22,18 +25,21 @@ _BLOCK = 256
 
 
 class View:
-    """A batch of dispatch observations, read by feature name.
+    """A batch of observations as dispatch rules see it, read by feature name.
 
     Features come as float64, because products of counts and tokens pass what float32 holds exactly, and
     a rounded score would turn an ordering into a tie.
 
     Attributes:
-        legal: bool [B, I], instances that the request may go to.
+        asked: bool [B, 1], where the question is a dispatch.
+        legal: bool [B, I], instances that the request may go to; none where the question is another.
     """
 
     def __init__(self, obs: Observation) -> None:
         self._obs = obs
-        self.legal = obs["mask"][:, 1:] != 0
+        self._last = obs["instances"].shape[1] + 1
+        self.asked = obs["kind"][:, None] == schema.KINDS.index("dispatch")
+        self.legal = (obs["mask"][:, 1 : self._last] != 0) & self.asked
 
     def instance(self, name: str) -> np.ndarray:
         """Feature of every instance, [B, I]."""
@@ -41,7 +47,7 @@ class View:
 
     def edge(self, name: str) -> np.ndarray:
         """Feature of sending the request to each instance, [B, I]."""
-        return self._obs["edges"][:, 1:, _EDGE[name]].astype(np.float64)
+        return self._obs["edges"][:, 1 : self._last, _EDGE[name]].astype(np.float64)
 
     def request(self, name: str) -> np.ndarray:
         """Feature of the request, [B, 1]."""
@@ -60,7 +66,7 @@ class View:
         """
         if "oracle" not in self._obs:
             raise InputError(rule, "observation key", "oracle", "make the environment with oracle=True")
-        return self._obs["oracle"][:, 1:].astype(np.float64)
+        return self._obs["oracle"][:, 1 : self._last].astype(np.float64)
 
     def hit_fraction(self) -> np.ndarray:
         """Share of the prompt that each instance has cached, [B, I]."""
@@ -77,20 +83,31 @@ class View:
 
 
 class Rule:
-    """A dispatch rule: the legal instance of least cost, or the default where none is legal.
+    """A policy for questions of some kinds; it answers 0, the default, to others.
+
+    This class is a dispatch rule: the legal instance of least cost, or the default where none is legal.
 
     Attributes:
+        kinds: questions that it answers, of `schema.KINDS`.
         random_ties: ties are drawn from the lane's generator instead of going to the lowest index; only
             for rules whose publication does so.
         search_space: tunable parameters and the values that `servegym.agents.heuristics.tuning` tries.
     """
 
     name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ("dispatch",)
     needs_oracle: ClassVar[bool] = False
     random_ties: ClassVar[bool] = False
     search_space: ClassVar[dict[str, tuple]] = {}
 
     _lanes: int | None = None
+
+    @classmethod
+    def defaults(cls) -> dict[str, object]:
+        """Parameters with their published values."""
+        if cls.__init__ is object.__init__:
+            return {}
+        return {name: field.default for name, field in inspect.signature(cls).parameters.items()}
 
     def reset(self, lanes: int, seed: int) -> None:
         """Forget everything and prepare for `lanes` parallel clusters."""
@@ -120,25 +137,81 @@ class Rule:
         raise NotImplementedError
 
     def act(self, obs: Observation) -> np.ndarray:
-        """Answer one decision per lane.
+        """Answer one question per lane.
 
         Args:
             obs: arrays of `servegym.envs.cluster.schema` with a leading lane dimension B.
 
         Returns:
-            int64 [B]: 1 + the chosen instance, or 0 where no instance is legal.
+            int64 [B]: a legal candidate; 0 where the rule wants no other or the question is not its kind.
 
         Raises:
             InputError: B is not the number of lanes of the last `reset`.
         """
+        self._check_lanes(obs)
         view = View(obs)
-        if len(view.legal) != self._lanes:
-            raise InputError(self.name, "lanes", len(view.legal), f"reset prepared for {self._lanes}")
         # A legal instance of infinite cost must still beat every illegal one.
         cost = np.minimum(self.cost(view), np.finfo(np.float64).max)
         cost[~view.legal] = np.inf
         best = self.pick(cost == cost.min(axis=1, keepdims=True)) if self.random_ties else cost.argmin(axis=1)
         return np.where(view.legal.any(axis=1), best + 1, 0)
+
+    def _check_lanes(self, obs: Observation) -> None:
+        if len(obs["mask"]) != self._lanes:
+            raise InputError(self.name, "lanes", len(obs["mask"]), f"reset prepared for {self._lanes}")
+
+
+class BuiltIn(Rule):
+    """A rule of `servegym.envs.cluster.rules` as a policy.
+
+    Attributes:
+        rule: its name there.
+    """
+
+    rule: str
+
+    def params(self) -> Sequence[float]:
+        """The rule's numbers in the model's order."""
+        return ()
+
+    def row(self) -> np.ndarray:
+        """The same as `rules.answer` takes them, float64 [PARAMS]."""
+        row = np.zeros(rules.PARAMS)
+        row[: len(self.params())] = self.params()
+        return row
+
+    def act(self, obs: Observation) -> np.ndarray:
+        """As `Rule.act`."""
+        self._check_lanes(obs)
+        answers = np.empty(len(obs["mask"]), np.int64)
+        (kind,) = self.kinds
+        index = rules.RULES[kind].index(self.rule)
+        rules.answer_lanes(frame_of(obs), schema.KINDS.index(kind), index, self.row(), answers)
+        return answers
+
+
+_TYPES = {"candidates": np.int32, "instance_mask": np.int8, "mask": np.int8, "kind": np.int64}
+
+
+def frame_of(obs: Observation) -> Frame:
+    """The observation as the model's kernels read it; without copies where it comes from an environment."""
+    arrays = {
+        name: np.require(obs[name], _TYPES.get(name, np.float32), ["C", "W"])
+        for name in Frame._fields
+        if name != "oracle"
+    }
+    return Frame(**arrays, oracle=np.zeros((len(obs["mask"]), 0)))
+
+
+def choice(rule: str, field: str, value: object, options: Sequence[str]) -> str:
+    """A parameter that must be one of some words.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(value, str) or value not in options:
+        raise InputError(rule, field, value, f"choose {' or '.join(options)}")
+    return value
 
 
 def number(rule: str, field: str, value: object, high: float = math.inf) -> float:

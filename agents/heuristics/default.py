@@ -12,6 +12,7 @@ class Default(Rule):
     """Always answer 0."""
 
     name = "default"
+    kinds = ()
 
     def act(self, obs: Observation) -> np.ndarray:
         """Answer 0 in every lane, int64 [B]."""

@@ -12,26 +12,22 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
-from servegym.agents.heuristics._rule import Rule, View, number
+from servegym.agents.heuristics._rule import BuiltIn, number
 
 
-class INFaaS(Rule):
+class INFaaS(BuiltIn):
     """Most free KV tokens per running request.
 
     Args:
         watermark: share of the KV cache that is kept free, in [0, 1].
     """
 
-    name = "infaas"
+    name = rule = "infaas"
     search_space: ClassVar[dict[str, tuple]] = {"watermark": (0.0, 0.01, 0.05, 0.1)}
 
     def __init__(self, watermark: float = 0.01) -> None:
         self.watermark = number(self.name, "watermark", watermark, high=1.0)
 
-    def cost(self, view: View) -> np.ndarray:
-        """Load, the negated free tokens per running request, [B, I]."""
-        free = (1.0 - self.watermark - view.instance("kv_usage")) * view.instance("kv_capacity_tokens")
-        running = view.instance("running")
-        return np.where(running > 0, -free / np.maximum(running, 1.0), -np.inf)
+    def params(self) -> tuple[float, ...]:
+        """As the model takes them."""
+        return (self.watermark,)

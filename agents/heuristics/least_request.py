@@ -8,16 +8,11 @@ Envoy; load balance method `total_requests` of SGLang's data-parallel controller
 
 from __future__ import annotations
 
-import numpy as np
-
-from servegym.agents.heuristics._rule import Rule, View
+from servegym.agents.heuristics._rule import BuiltIn
 
 
-class LeastRequest(Rule):
+class LeastRequest(BuiltIn):
     """The instance with the fewest requests in flight."""
 
     name = "least_request"
-
-    def cost(self, view: View) -> np.ndarray:
-        """Requests in flight, [B, I]."""
-        return view.instance("inflight")
+    rule = "least_request"

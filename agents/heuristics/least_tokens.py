@@ -7,16 +7,11 @@ SGLang, `python/sglang/srt/managers/data_parallel_controller.py`, load balance m
 
 from __future__ import annotations
 
-import numpy as np
-
-from servegym.agents.heuristics._rule import Rule, View
+from servegym.agents.heuristics._rule import BuiltIn
 
 
-class LeastTokens(Rule):
+class LeastTokens(BuiltIn):
     """The instance with the fewest tokens in flight."""
 
     name = "least_tokens"
-
-    def cost(self, view: View) -> np.ndarray:
-        """Prompt and streamed tokens in flight, [B, I]."""
-        return view.instance("inflight_context_tokens")
+    rule = "least_tokens"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.agents.heuristics._rule import Rule, View
-from servegym.agents.heuristics.least_work_predicted import own_work_s
 
 
 class LeastWorkOracle(Rule):
@@ -22,4 +21,6 @@ class LeastWorkOracle(Rule):
 
     def cost(self, view: View) -> np.ndarray:
         """Seconds of work, [B, I]."""
-        return view.oracle(self.name) + own_work_s(view)
+        decode_speed = np.maximum(view.instance("decode_tokens_per_s"), 1.0)  # 0 where the row is padding
+        own = view.edge("prefill_s") + view.request("predicted_output_tokens") / decode_speed
+        return view.oracle(self.name) + own

@@ -10,27 +10,11 @@ fixed batch: at the speed of the present batch, an instance would look faster th
 
 from __future__ import annotations
 
-import numpy as np
-
-from servegym.agents.heuristics._rule import Rule, View
+from servegym.agents.heuristics._rule import BuiltIn
 
 
-class LeastWorkPredicted(Rule):
+class LeastWorkPredicted(BuiltIn):
     """Fewest predicted seconds of work, this request's included."""
 
     name = "least_work_predicted"
-
-    def cost(self, view: View) -> np.ndarray:
-        """Predicted seconds of work, [B, I]."""
-        left = view.instance("inflight_predicted_tokens") / decode_speed(view)
-        return view.edge("queue_s") + left + own_work_s(view)
-
-
-def decode_speed(view: View) -> np.ndarray:
-    """Decode tokens/s of each instance, [B, I]; 1 where the row is padding."""
-    return np.maximum(view.instance("decode_tokens_per_s"), 1.0)
-
-
-def own_work_s(view: View) -> np.ndarray:
-    """Predicted seconds of work that this request adds to each instance, [B, I]."""
-    return view.edge("prefill_s") + view.request("predicted_output_tokens") / decode_speed(view)
+    rule = "least_work"

@@ -9,17 +9,11 @@ part of this one; 1 is added to the batch size so that idle instances still diff
 
 from __future__ import annotations
 
-import numpy as np
-
-from servegym.agents.heuristics._rule import Rule, View
+from servegym.agents.heuristics._rule import BuiltIn
 
 
-class LMetric(Rule):
+class LMetric(BuiltIn):
     """Least product of new prefill tokens and requests in flight."""
 
     name = "lmetric"
-
-    def cost(self, view: View) -> np.ndarray:
-        """Prefill tokens times requests, both with this one, [B, I]."""
-        new = view.request("prompt_tokens") - view.edge("prefix_hit_tokens")
-        return (view.instance("inflight_prefill_tokens") + new) * (view.instance("inflight") + 1.0)
+    rule = "lmetric"

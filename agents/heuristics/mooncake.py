@@ -9,16 +9,11 @@ terms know the speed of the instance, so the rule suits mixed fleets.
 
 from __future__ import annotations
 
-import numpy as np
-
-from servegym.agents.heuristics._rule import Rule, View
+from servegym.agents.heuristics._rule import BuiltIn
 
 
-class Mooncake(Rule):
+class Mooncake(BuiltIn):
     """Least predicted TTFT."""
 
     name = "mooncake"
-
-    def cost(self, view: View) -> np.ndarray:
-        """Predicted TTFT, seconds, [B, I]."""
-        return view.edge("queue_s") + view.edge("prefill_s")
+    rule = "mooncake"

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from itertools import product
 
 import numpy as np
 
-from servegym.agents.heuristics._rule import Rule
+from servegym.agents.heuristics import defaults, make_heuristic, search_space
+from servegym.agents.policy import Policy
 
 MOST = 30
 
 Parameters = dict[str, object]
 
 
-def candidates(rule: type[Rule], seed: int) -> list[Parameters]:
+def candidates(name: str, seed: int) -> list[Parameters]:
     """Parameters to try: the published ones and the rest of the grid, of which `seed` draws `MOST` in all."""
-    space = rule.search_space
-    defaults = inspect.signature(rule).parameters
-    published: Parameters = {name: defaults[name].default for name in space}
+    space, known = search_space(name), defaults(name)
+    published: Parameters = {field: known[field] for field in space}
     grid = (dict(zip(space, values, strict=True)) for values in product(*space.values()))
     rest: list[Parameters] = [parameters for parameters in grid if parameters != published]
     if len(rest) >= MOST:
@@ -28,12 +27,12 @@ def candidates(rule: type[Rule], seed: int) -> list[Parameters]:
     return [published, *rest]
 
 
-def tune(rule: type[Rule], score: Callable[[Rule], float], seed: int) -> Parameters:
+def tune(name: str, score: Callable[[Policy], float], seed: int) -> Parameters:
     """The parameters of highest score; the published ones unless others are better.
 
     Args:
-        rule: with its search space.
-        score: how well a rule does, higher is better.
+        name: of a heuristic with a search space.
+        score: how well it does with some parameters, higher is better.
         seed: of the draw from a grid of more than `MOST`.
     """
-    return max(candidates(rule, seed), key=lambda parameters: score(rule(**parameters)))
+    return max(candidates(name, seed), key=lambda parameters: score(make_heuristic(name, **parameters)))

@@ -47,8 +47,8 @@ class VllmDP(Rule):
         # Counts younger than the last decision have been scraped since; so have counts younger than they
         # were, which also tells the start of a new episode, when nothing arrived before.
         fresh = (age < self._age) | (age < view.overall("since_last_arrival_s"))
-        self._sent = np.where(fresh, 0.0, self._sent)
-        self._age = age
+        self._sent = np.where(fresh & view.asked, 0.0, self._sent)
+        self._age = np.where(view.asked, age, self._age)
         return self.waiting_weight * (view.instance("waiting") + self._sent) + view.instance("running")
 
     def act(self, obs: Observation) -> np.ndarray:

@@ -28,12 +28,13 @@ import torch
 
 from servegym import __version__
 from servegym.agents.ppo.config import PPOConfig
+from servegym.agents.task import Task, read_task
 from servegym.envs.cluster.schema import schema_hash
 from servegym.errors import InputError
 from servegym.models.config import NetworkConfig, read_config
 from servegym.models.dense import DenseNetwork
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, POLICY = "config.json", "policy.safetensors"
 OPTIMIZER, TRAINER, ENV = "optimizer.safetensors", "trainer.safetensors", "env.safetensors"
 Arrays = Mapping[str, np.ndarray]
@@ -55,7 +56,7 @@ class CheckpointInfo:
 
     Attributes:
         network, ppo: sizes and hyperparameters.
-        scenario: what was trained on, as plain data.
+        task: what was trained on.
         command: how the training was started.
         seed: of the run.
         steps: decisions learned from.
@@ -68,7 +69,7 @@ class CheckpointInfo:
 
     network: NetworkConfig
     ppo: PPOConfig
-    scenario: dict[str, Any] | None
+    task: Task
     command: str
     seed: int
     steps: int
@@ -141,6 +142,10 @@ def read_info(folder: str | Path) -> CheckpointInfo:
         raise InputError(path, "JSON", str(error), "damaged; use another checkpoint") from error
     if not isinstance(raw, dict):
         raise InputError(path, "JSON", type(raw).__name__, "expected a table")
+    if "format" in raw and raw["format"] != FORMAT:  # its other fields may differ, too
+        raise InputError(
+            path, "format", raw["format"], f"this version of ServeGym reads {FORMAT}; train anew"
+        )
     names = {f.name for f in fields(CheckpointInfo)}
     for name in sorted(names ^ set(raw)):
         hint = "missing" if name in names else "unknown field"
@@ -148,14 +153,15 @@ def read_info(folder: str | Path) -> CheckpointInfo:
     for name, kinds in _KINDS.items():
         if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
             raise InputError(path, name, raw[name], "ill-typed")
-    for name, expected in (("format", FORMAT), ("schema_hash", schema_hash())):
-        if raw[name] != expected:
-            raise InputError(path, name, raw[name], f"this version of ServeGym reads {expected}; train anew")
+    if raw["schema_hash"] != schema_hash():
+        hint = f"this version of ServeGym reads {schema_hash()}; train anew"
+        raise InputError(path, "schema_hash", raw["schema_hash"], hint)
     for name in ("seed", "steps", "total_steps"):
         if raw[name] < 0:
             raise InputError(path, name, raw[name], "must be >= 0")
     raw["network"] = read_config(NetworkConfig, path, "network", raw["network"])
     raw["ppo"] = read_config(PPOConfig, path, "ppo", raw["ppo"])
+    raw["task"] = read_task(path, raw["task"])
     return CheckpointInfo(**raw)
 
 
@@ -168,7 +174,7 @@ _KINDS: dict[str, Any] = {
     "format": int,
     "versions": dict,
     "sha256": dict,
-    "scenario": (dict, type(None)),
+    "task": dict,
 }
 
 

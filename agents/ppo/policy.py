@@ -9,6 +9,8 @@ import torch
 
 from servegym.agents.policy import Observation
 from servegym.agents.ppo.checkpoint import read_network
+from servegym.agents.task import Task
+from servegym.envs.cluster.decisions import kinds_of
 from servegym.errors import InputError
 from servegym.models.dense import DenseNetwork
 from servegym.models.features import ARRAYS, WIDTH
@@ -20,13 +22,19 @@ class NetworkPolicy:
     Args:
         network: what scores.
         name: for tables.
+        task: what it was trained for.
+
+    Attributes:
+        kinds: the questions that it answers.
     """
 
     needs_oracle = False
 
-    def __init__(self, network: DenseNetwork, name: str = "network") -> None:
+    def __init__(self, network: DenseNetwork, name: str = "network", task: Task | None = None) -> None:
         self.network = network.eval()
         self.name = name
+        self.task = task or Task()
+        self.kinds = kinds_of(self.task.decisions)
 
     def reset(self, lanes: int, seed: int) -> None:
         """Nothing to forget: the network has no memory and draws no random numbers.
@@ -69,5 +77,5 @@ def load_policy(folder: str | Path) -> NetworkPolicy:
     Raises:
         InputError: for a checkpoint that is missing, damaged, or of another observation contract.
     """
-    network, _ = read_network(folder)
-    return NetworkPolicy(network, Path(folder).resolve().name)
+    network, info = read_network(folder)
+    return NetworkPolicy(network, Path(folder).resolve().name, info.task)

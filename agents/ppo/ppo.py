@@ -32,7 +32,8 @@ from servegym.agents.ppo.policy import NetworkPolicy
 from servegym.agents.ppo.resume import load_state, optimizer_state, trainer_state
 from servegym.agents.ppo.rollout import Collector, make_tally
 from servegym.agents.ppo.tracking import WandbWriter
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.agents.task import Task
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.errors import InputError
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
@@ -55,7 +56,7 @@ class PPO(OnPolicyAlgorithm):
         seed: of the initial weights, the environment's first reset, sampling and minibatches.
         log_dir: folder for TensorBoard's event files; None logs nothing.
         track: project of Weights & Biases; None does not track. Without an account the run is kept offline.
-        scenario: what is trained on, as plain data, for the checkpoint.
+        task: what is trained on, for the checkpoint.
         command: how the training was started, for the checkpoint.
         device: torch's name of the device that the network lives on.
 
@@ -65,13 +66,13 @@ class PPO(OnPolicyAlgorithm):
 
     def __init__(
         self,
-        env: DispatchVectorEnv,
+        env: ClusterVectorEnv,
         network: NetworkConfig | None = None,
         config: PPOConfig | None = None,
         seed: int = 0,
         log_dir: str | Path | None = None,
         track: str | None = None,
-        scenario: Mapping[str, Any] | None = None,
+        task: Task | None = None,
         command: str = "",
         device: str = "cpu",
     ) -> None:
@@ -99,7 +100,7 @@ class PPO(OnPolicyAlgorithm):
         self.env = self.vector_env = env  # type: ignore[assignment]
         self.n_envs = env.num_envs
         self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
-        self.scenario, self.command = scenario, command
+        self.task, self.command = task or Task(), command
         self._setup_lr_schedule()
         self.network = DenseNetwork(network, seed).to(self.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5)
@@ -119,14 +120,14 @@ class PPO(OnPolicyAlgorithm):
             writers.append(TensorBoardOutputFormat(str(log_dir)))
         if track is not None:
             about = {"ppo": vars(self.config), "network": vars(self.network.config), "seed": self.seed}
-            writers.append(WandbWriter(track, log_dir, about | {"scenario": self.scenario}))
+            writers.append(WandbWriter(track, log_dir, about | {"task": vars(self.task)}))
         self.set_logger(Logger(None if log_dir is None else str(log_dir), writers))
 
     @classmethod
     def resume(
         cls,
         folder: str | Path,
-        env: DispatchVectorEnv,
+        env: ClusterVectorEnv,
         log_dir: str | Path | None = None,
         track: str | None = None,
         device: str = "cpu",
@@ -142,9 +143,7 @@ class PPO(OnPolicyAlgorithm):
             InputError: for a checkpoint that is damaged, not resumable, or of another environment.
         """
         network, info = read_network(folder)
-        model = cls(
-            env, info.network, info.ppo, info.seed, log_dir, track, info.scenario, info.command, device
-        )
+        model = cls(env, info.network, info.ppo, info.seed, log_dir, track, info.task, info.command, device)
         model.network.load_state_dict(network.state_dict())
         model.num_timesteps, model._total_timesteps = info.steps, info.total_steps
         load_state(model, Path(folder))
@@ -163,7 +162,7 @@ class PPO(OnPolicyAlgorithm):
         info = CheckpointInfo(
             network=self.network.config,
             ppo=self.config,
-            scenario=None if self.scenario is None else dict(self.scenario),
+            task=self.task,
             command=self.command,
             seed=self.seed or 0,
             steps=self.num_timesteps,

@@ -23,7 +23,7 @@ from servegym.envs.cluster.observe import Frame
 from servegym.envs.cluster.scrape import mix, uniform
 from servegym.envs.cluster.state import PS
 from servegym.envs.cluster.steps import step_lane
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.models import inlane, simd
 from servegym.models.config import NetworkConfig
 from servegym.models.features import ARRAYS
@@ -94,7 +94,7 @@ class Collector:
         seed: of the draws.
     """
 
-    def __init__(self, env: DispatchVectorEnv, network: NetworkConfig, num_threads: int, seed: int) -> None:
+    def __init__(self, env: ClusterVectorEnv, network: NetworkConfig, num_threads: int, seed: int) -> None:
         self._lanes, self._seed = env.lanes(), seed
         self._weights = make_weights(network.hidden, network.layers)
         frame = self._lanes.frame

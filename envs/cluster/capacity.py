@@ -47,7 +47,8 @@ def _measured(spec: InstanceSpec, caching: bool, w: Workload) -> float:
     rows = rows[tokens <= _room(spec)]
     if len(rows) == 0:
         return 0.0
-    records = simulate(ClusterSpec("one instance", (spec,), caching), _offline(w, rows))
+    alone = ClusterSpec("one instance", (replace(spec, drain_at_s=None),), caching)
+    records = simulate(alone, _offline(w, rows))
     finished = np.sort(records.finished_s)
     first, third = finished[len(rows) // 4], finished[3 * len(rows) // 4]
     if third == first:

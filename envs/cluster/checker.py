@@ -52,6 +52,7 @@ def _play(env: VectorEnv, mode: AutoresetMode, seed: int, max_steps: int) -> lis
         _check_step(env, step, f"step {len(steps)}")
         obs, reward, terminated, truncated, info = step
         done = terminated | truncated
+        step = (*step[:4], _of_ended(info, done))
         if mode == AutoresetMode.SAME_STEP:
             _check_final(env, info, done, f"step {len(steps)}")
         else:
@@ -80,6 +81,13 @@ def _check_observation(env: VectorEnv, obs: dict[str, np.ndarray], where: str) -
         assert space.contains(array), f"{where}: {name} lies outside its space"
     illegal = np.flatnonzero(obs["mask"][:, 0] != 1)
     assert len(illegal) == 0, f"{where}: candidate 0 of lane {illegal[0]} is not legal"
+    lanes, answers = np.nonzero(obs["mask"])
+    for column in (1, 2):
+        named = obs["candidates"][lanes, answers, column]
+        missing = (named >= 0) & (obs["instance_mask"][lanes, named] == 0)
+        assert not missing.any(), (
+            f"{where}: lane {lanes[missing.argmax()]} offers an instance that is not there"
+        )
 
 
 def _check_step(env: VectorEnv, step: Step, where: str) -> None:
@@ -109,6 +117,16 @@ def _check_final(env: VectorEnv, info: dict[str, Any], done: np.ndarray, where: 
         for lane in np.flatnonzero(done):
             final = info["final_obs"][name][lane]
             assert space.contains(final), f"{where}: final_obs {name} of lane {lane} lies outside its space"
+
+
+def _of_ended(info: dict[str, Any], done: np.ndarray) -> dict[str, Any]:
+    """An info whose finals are cut to the lanes that ended; of the others they may hold anything."""
+    finals = {
+        name: {key: array[done] for key, array in info[name].items()}
+        for name in ("final_obs", "final_info")
+        if name in info
+    }
+    return info | finals
 
 
 def _check_equal(a: Any, b: Any, where: str) -> None:

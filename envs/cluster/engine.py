@@ -3,18 +3,20 @@
 An iteration schedules, in this order, under a token budget (vLLM v1, `Scheduler.schedule`):
 
 1. every decoding request, one token each, and the one prompt that is partly computed, as many tokens as the
-   budget leaves. While their new blocks do not fit, the worst running request is preempted: the last
-   admitted under FCFS, the largest (priority, arrival) under priorities. It loses its KV (recompute).
-2. if nothing was preempted: waiting requests in order, while there is budget, a free sequence and room for
+   budget leaves. While their new blocks do not fit, a running request is preempted: by default the last
+   admitted under FCFS, the largest (priority, arrival) under priorities. An agent may be asked instead.
+2. the request that has migrated here, if its next token fits.
+3. if nothing was preempted: waiting requests in order, while there is budget, a free sequence and room for
    their blocks; the first that does not fit stops the admission.
+
+Of the token budget prompts get at most `cap`, which an agent may lower to keep iterations short.
 
 With asynchronous scheduling (vLLM v1's default) the next iteration is chosen while one runs: requests that
 finish with the one keep their memory and their sequences until the next has been chosen, and a request that
 arrives meanwhile waits one iteration more.
 
 While an instance only decodes, nothing changes but its clock: the engine jumps over the whole stretch, up to
-the first finish or block shortage, and cuts it when a request arrives. Per request it keeps numbers that do
-not change as the clock runs (clock at the finish, length minus clock), so a step costs nothing per request.
+the first finish or block shortage, and cuts it when something happens to it: an arrival, a migration.
 
 Simplifications, shared with the reference: decodes come before the partial prompt whatever their order of
 admission (the same thing under FCFS, where the partial prompt is the last). With priorities the rest of the
@@ -25,8 +27,17 @@ too late holds back those behind it.
 
 from __future__ import annotations
 
-from servegym.envs.cluster import prefix, sleepers, waiting
+from servegym.envs.cluster import migration, prefix, sleepers
 from servegym.envs.cluster.kernel import inlined, kernel
+from servegym.envs.cluster.memory import (
+    blocks_of,
+    book_steps,
+    give_back,
+    setting_of,
+    steps_within,
+)
+from servegym.envs.cluster.preemption import default_victim, preempt, swap_ps
+from servegym.envs.cluster.running import join, leave
 from servegym.envs.cluster.scrape import scrape
 from servegym.envs.cluster.state import (
     FINISH,
@@ -35,152 +46,14 @@ from servegym.envs.cluster.state import (
     NONE,
     OFFSET,
     ORDER,
+    PREEMPT,
     PS,
     REQUEST,
+    STOPPING,
 )
-from servegym.envs.costs.model import iteration_ps, prefill_ps, steps_to_reach, stretch_ps
+from servegym.envs.costs.model import iteration_ps, prefill_ps, stretch_ps
 
-
-@inlined
-def blocks_of(inst_block_tokens, tokens):
-    """Blocks that hold so many tokens."""
-    return (tokens + inst_block_tokens - 1) // inst_block_tokens
-
-
-@inlined
-def _setting(world, l, i):
-    return world.setting[world.lane[l].fleet, i]
-
-
-# --- decoding requests ------------------------------------------------------------------------------------
-
-
-@inlined
-def _join(world, l, i, at):
-    """The request at position `at` of the run arrays starts to decode."""
-    inst = world.instance[l, i]
-    run = world.run
-    offset = run[l, i, OFFSET, at]
-    inst.context += offset + inst.clock
-    inst.top = max(inst.top, offset)
-    inst.next_finish = min(inst.next_finish, run[l, i, FINISH, at])
-    world.residue[l, i, (offset - 1) % _setting(world, l, i).block_tokens] += 1
-
-
-@inlined
-def _leave(world, l, i, at):
-    """The decoding request at position `at` leaves; the last takes its place."""
-    inst = world.instance[l, i]
-    run = world.run[l, i]
-    offset, finish = run[OFFSET, at], run[FINISH, at]
-    inst.context -= offset + inst.clock
-    world.residue[l, i, (offset - 1) % _setting(world, l, i).block_tokens] -= 1
-    inst.running -= 1
-    last = inst.running
-    for k in range(run.shape[0]):
-        run[k, at] = run[k, last]
-    if offset == inst.top:
-        inst.top = -NEVER
-        offsets = run[OFFSET]
-        for k in range(last):
-            inst.top = max(inst.top, offsets[k])
-    if finish == inst.next_finish:
-        inst.next_finish = NEVER
-        finishes = run[FINISH]
-        for k in range(last):
-            inst.next_finish = min(inst.next_finish, finishes[k])
-
-
-@inlined
-def _blocks_for_steps(world, l, i, steps):
-    """Blocks that the next `steps` decode steps take."""
-    inst = world.instance[l, i]
-    size = _setting(world, l, i).block_tokens
-    residue = world.residue[l, i]
-    total = inst.running * (steps // size)
-    at = (-inst.clock) % size
-    for _ in range(steps % size):
-        total += residue[at]
-        at = at - 1 if at else size - 1
-    return total
-
-
-@inlined
-def _steps_within(world, l, i, blocks, most):
-    """How many decode steps, up to `most`, the blocks suffice for."""
-    inst = world.instance[l, i]
-    size = _setting(world, l, i).block_tokens
-    if inst.running * (most // size + 1) <= blocks:
-        return most
-    # Every `size` steps take a block for each request; the rest is counted step by step.
-    steps = blocks // inst.running * size
-    blocks %= inst.running
-    at = (-inst.clock) % size
-    while steps < most:
-        blocks -= world.residue[l, i, at]
-        if blocks < 0:
-            break
-        steps += 1
-        at = at - 1 if at else size - 1
-    return min(steps, most)
-
-
-# --- preemption and finish --------------------------------------------------------------------------------
-
-
-@inlined
-def _give_back(world, l, i, r, tokens):
-    """Request r lets all its KV go, of which `tokens` tokens are filled."""
-    inst = world.instance[l, i]
-    row = world.lane[l].first_row + r
-    prefix.publish(world, l, i, r, row, tokens)
-    size = _setting(world, l, i).block_tokens
-    inst.free += blocks_of(size, tokens) - world.req[l, r].units * inst.unit_blocks
-    if inst.unit_blocks:
-        prefix.release(world, l, i, r, row)
-
-
-@inlined
-def _worst(world, l, i):
-    """Position of the running request to preempt first; NONE stands for the partial prompt."""
-    inst = world.instance[l, i]
-    by_priority = _setting(world, l, i).by_priority
-    worst = NONE
-    if inst.part != NONE and not by_priority:
-        return worst
-    for k in range(inst.running):
-        if worst == NONE:
-            if inst.part == NONE or waiting.before(world, l, inst.part, world.run[l, i, REQUEST, k]):
-                worst = k
-        elif by_priority:
-            if waiting.before(world, l, world.run[l, i, REQUEST, worst], world.run[l, i, REQUEST, k]):
-                worst = k
-        elif world.run[l, i, ORDER, worst] < world.run[l, i, ORDER, k]:
-            worst = k
-    return worst
-
-
-@kernel
-def _preempt(world, l, i, now):
-    """Preempt the worst running request by recompute."""
-    inst = world.instance[l, i]
-    at = _worst(world, l, i)
-    if at == NONE:
-        r, tokens = inst.part, inst.part_done
-        inst.part = NONE
-    else:
-        r = world.run[l, i, REQUEST, at]
-        tokens = world.run[l, i, OFFSET, at] + inst.clock - 1
-        row = world.row[world.lane[l].first_row + r]
-        world.req[l, r].done = row.output - (world.run[l, i, FINISH, at] - inst.clock)
-        world.req[l, r].gap = world.run[l, i, GAP, at]
-        world.req[l, r].last = now
-        _leave(world, l, i, at)
-    _give_back(world, l, i, r, tokens)
-    world.req[l, r].lost += tokens
-    world.req[l, r].preemptions += 1
-    inst.preemptions += 1
-    waiting.requeue(world, l, i, r)
+_SYNCHRONOUS, _ASYNCHRONOUS = 1, 2  # which of its calls of the scheduler a boundary is at
 
 
 @kernel
@@ -194,8 +67,11 @@ def _finish(world, l, i, at, now):
     req.finished = now
     req.done = row.output
     req.gap = world.run[l, i, GAP, at]
-    _leave(world, l, i, at)
+    leave(world, l, i, at)
+    if r == inst.out:
+        migration.abort(world, l, i, now)
     inst.inflight -= 1
+    inst.urgent -= row.priority < lane.least_urgent
     inst.prompt_tokens -= row.prompt
     inst.predicted_tokens -= row.predicted
     inst.streamed_tokens -= row.output
@@ -226,24 +102,42 @@ def _make_room(world, l, i, now):
     """Preempt until the running requests' next tokens fit; take their blocks.
 
     Returns:
-        whether anything was preempted, and the partial prompt's chunk in tokens.
+        the partial prompt's chunk in tokens, or NONE where the agent is asked who gives way.
     """
+    lane = world.lane[l]
     inst = world.instance[l, i]
-    setting = _setting(world, l, i)
-    preempted = False
+    setting = setting_of(world, l, i)
     while True:
         need = world.residue[l, i, (-inst.clock) % setting.block_tokens] if inst.running else 0
         chunk = 0
         if inst.part != NONE:
-            chunk = min(inst.part_goal - inst.part_done, setting.budget - inst.running)
+            chunk = min(inst.part_goal - inst.part_done, min(inst.cap, setting.budget - inst.running))
             need += blocks_of(setting.block_tokens, inst.part_done + chunk)
             need -= blocks_of(setting.block_tokens, inst.part_done)
         if need <= inst.free:
             break
-        _preempt(world, l, i, now)
-        preempted = True
+        if lane.raises >> PREEMPT & 1 and inst.running + (inst.part != NONE) > 1:
+            lane.question, lane.asker = PREEMPT, i
+            return NONE
+        preempt(world, l, i, default_victim(world, l, i), setting.by_swap, now)
     inst.free -= need
-    return preempted, chunk
+    return chunk
+
+
+@inlined
+def _decode_next(world, l, i, r, goal):
+    """Request r, whose `goal` tokens are all known, decodes from the next iteration on."""
+    inst = world.instance[l, i]
+    run = world.run
+    at = inst.running + inst.fresh
+    inst.fresh += 1
+    # With one token more than it computes now.
+    run[l, i, REQUEST, at] = r
+    run[l, i, OFFSET, at] = goal - inst.clock
+    output = world.row[world.lane[l].first_row + r].output
+    run[l, i, FINISH, at] = inst.clock + output - world.req[l, r].done
+    run[l, i, GAP, at] = world.req[l, r].gap
+    run[l, i, ORDER, at] = world.req[l, r].order
 
 
 @inlined
@@ -256,15 +150,39 @@ def _compute_prompt(world, l, i, r, past, chunk, goal):
         inst.part, inst.part_done, inst.part_goal = r, past + chunk, goal
         return
     inst.part = NONE
-    run = world.run
-    at = inst.running + inst.fresh
-    inst.fresh += 1
-    # It decodes from the next iteration on, with one token more than it computes now.
-    run[l, i, REQUEST, at] = r
-    run[l, i, OFFSET, at] = goal - inst.clock
-    run[l, i, FINISH, at] = inst.clock + world.row[lane.first_row + r].output - world.req[l, r].done
-    run[l, i, GAP, at] = world.req[l, r].gap
-    run[l, i, ORDER, at] = world.req[l, r].order
+    _decode_next(world, l, i, r, goal)
+
+
+@inlined
+def _join_migrated(world, l, i):
+    """The request that has migrated here computes its next token, if there is room.
+
+    Its sequence has been kept free for it since the migration began.
+
+    Returns:
+        its KV tokens so far, or 0 where nobody joins.
+    """
+    inst = world.instance[l, i]
+    lane = world.lane[l]
+    r, tokens = inst.joiner, inst.joiner_kv
+    need = blocks_of(setting_of(world, l, i).block_tokens, tokens + 1) - inst.joiner_blocks
+    if need > inst.free:
+        return 0
+    inst.free -= need
+    inst.joiner = NONE
+    if inst.unit_blocks:
+        prefix.evict(world, l, i)
+    prefix.publish(world, l, i, r, lane.first_row + r, tokens + 1)
+    _take_order(world, l, r)
+    _decode_next(world, l, i, r, tokens + 1)
+    return tokens
+
+
+@inlined
+def _take_order(world, l, r):
+    """Request r is the last admitted."""
+    world.req[l, r].order = world.lane[l].admissions
+    world.lane[l].admissions += 1
 
 
 @kernel
@@ -276,13 +194,13 @@ def _admit(world, l, i, budget):
     """
     inst = world.instance[l, i]
     lane = world.lane[l]
-    setting = _setting(world, l, i)
+    setting = setting_of(world, l, i)
     r = inst.head
     row = lane.first_row + r
     req = world.req[l, r]
     goal = world.row[row].prompt + req.done
     hits, idle = prefix.match(world, l, i, row, goal - 1)
-    past = hits * inst.unit_tokens
+    past = max(hits * inst.unit_tokens, req.hosted)
     chunk = min(goal - past, budget)
     held = hits * inst.unit_blocks
     reserve = goal if setting.reserve else past + chunk
@@ -298,14 +216,28 @@ def _admit(world, l, i, budget):
     prefix.hold_matched(world, l, i, r, row, hits)
     inst.free -= blocks_of(setting.block_tokens, past + chunk) - held
     prefix.evict(world, l, i)
-    if req.preemptions == 0:
+    if req.hosted:
+        _swap_in(world, l, i, r, hits)
+    elif req.preemptions == 0:
         req.cached = past
     else:
         req.lost -= past
-    req.order = lane.admissions
-    lane.admissions += 1
+    _take_order(world, l, r)
     _compute_prompt(world, l, i, r, past, chunk, goal)
     return chunk, past
+
+
+@inlined
+def _swap_in(world, l, i, r, hits):
+    """What request r has on the host comes back, except for what the prefix cache holds."""
+    inst = world.instance[l, i]
+    setting = setting_of(world, l, i)
+    tokens = world.req[l, r].hosted
+    blocks = blocks_of(setting.block_tokens, tokens)
+    if tokens > hits * inst.unit_tokens:
+        inst.copying += swap_ps(setting, blocks - hits * inst.unit_blocks)
+    inst.host_free += blocks
+    world.req[l, r].hosted = 0
 
 
 @inlined
@@ -332,33 +264,47 @@ def schedule(world, l, i, now, seen, leaving):
     Args:
         seen: requests that arrived later are not admitted yet.
         leaving: requests that have finished and still hold their memory.
+
+    Returns:
+        True where nothing was chosen, because the agent is asked who gives way.
     """
     inst = world.instance[l, i]
-    setting = _setting(world, l, i)
+    setting = setting_of(world, l, i)
     p = setting.profile
     inst.begin = now
     inst.fresh = 0
     attention = 0
     before = inst.free
-    preempted, chunk = _make_room(world, l, i, now)
+    chunk = _make_room(world, l, i, now)
+    if chunk == NONE:
+        return True
     if inst.unit_blocks:
         prefix.evict(world, l, i)
     tokens = sequences = inst.running
+    budget = min(setting.budget, tokens + inst.cap)
     longest = chunk
     if chunk:
         attention += prefill_ps(world, p, chunk, inst.part_done)
         tokens += chunk
         sequences += 1
         _compute_prompt(world, l, i, inst.part, inst.part_done, chunk, inst.part_goal)
+    if inst.joiner != NONE and tokens < budget:
+        past = _join_migrated(world, l, i)
+        if past:
+            attention += prefill_ps(world, p, 1, past)
+            longest = max(longest, 1)
+            tokens += 1
+            sequences += 1
+    reserved = inst.inbound != NONE or inst.joiner != NONE
     while (
-        not preempted
+        not inst.preempted
         and inst.head != NONE
-        and tokens < setting.budget
+        and tokens < budget
         and inst.part == NONE
-        and sequences + leaving < setting.max_seqs
+        and sequences + leaving + reserved < setting.max_seqs
         and not _unseen(world, l, i, seen)
     ):
-        chunk, past = _admit(world, l, i, setting.budget - tokens)
+        chunk, past = _admit(world, l, i, budget - tokens)
         if chunk == 0:
             break
         attention += prefill_ps(world, p, chunk, past)
@@ -366,47 +312,51 @@ def schedule(world, l, i, now, seen, leaving):
         tokens += chunk
         sequences += 1
     n = inst.running
+    top = inst.top + inst.clock
+    inst.booked_steps = 1
     if tokens == 0:
-        inst.steps, inst.until = 0, NEVER
+        inst.steps, inst.until, inst.booked_steps = 0, NEVER, 0
     elif (
         tokens == n
-        and not preempted
+        and not inst.preempted
         and not leaving
         and not _unseen(world, l, i, seen)
         and not _may_fit_later(inst, setting)
+        and not migration.is_engaged(inst)
+        and inst.joiner == NONE
     ):
-        steps = _steps_within(world, l, i, before, inst.next_finish - inst.clock)
-        inst.steps = steps
-        inst.until = now + stretch_ps(world, p, n, inst.context, inst.top + inst.clock, steps)
+        inst.steps = steps_within(world, l, i, before, inst.next_finish - inst.clock)
+        inst.until = now + stretch_ps(world, p, n, inst.context, top, inst.steps)
     else:
         inst.steps = 1
-        top = inst.top + inst.clock
-        inst.until = now + iteration_ps(world, p, n, inst.context, top, tokens, sequences, attention, longest)
+        ps = iteration_ps(world, p, n, inst.context, top, tokens, sequences, attention, longest)
+        if migration.is_engaged(inst):
+            ps += ps * world.episode[world.lane[l].episode].slowdown // 1_000_000
+        inst.until = now + ps
+    if inst.copying:
+        _wait_for_copies(world, l, i, now)
+    return False
 
 
 @inlined
-def cut(world, l, i, now):
-    """End the stretch in flight at its first boundary at or after now, so that an arrival is scheduled."""
+def _wait_for_copies(world, l, i, now):
+    """The swaps of this iteration take the instance's link; it waits for the part that is not hidden."""
     inst = world.instance[l, i]
-    if inst.steps <= 1:
-        return
-    p = _setting(world, l, i).profile
-    top = inst.top + inst.clock
-    steps = steps_to_reach(world, p, inst.running, inst.context, top, inst.steps, now - inst.begin)
-    if steps < inst.steps:
-        inst.steps = steps
-        inst.until = inst.begin + stretch_ps(world, p, inst.running, inst.context, top, steps)
+    inst.link_until = max(now, inst.link_until) + inst.copying
+    inst.copying = 0
+    if inst.until != NEVER:
+        inst.until += (inst.link_until - now) * (1000 - setting_of(world, l, i).overlap) // 1000
 
 
 @inlined
 def _last_step_ps(world, l, i):
     """Duration of the last, longest, iteration of what is in flight."""
     inst = world.instance[l, i]
-    if inst.steps == 1:
+    if inst.steps <= 1:
         return inst.until - inst.begin
     context = inst.context + (inst.steps - 1) * inst.running
     top = inst.top + inst.clock + inst.steps - 1
-    return stretch_ps(world, _setting(world, l, i).profile, inst.running, context, top, 1)
+    return stretch_ps(world, setting_of(world, l, i).profile, inst.running, context, top, 1)
 
 
 @inlined
@@ -421,7 +371,7 @@ def _first_tokens(world, l, i, now):
             inst.prefill_tokens -= req.booked
         else:
             world.run[l, i, GAP, at] = max(world.run[l, i, GAP, at], now - req.last)
-        _join(world, l, i, at)
+        join(world, l, i, at)
     inst.streamed_tokens += inst.fresh
     inst.running += inst.fresh
     inst.fresh = 0
@@ -457,13 +407,39 @@ def _drop_finished(world, l, i, r):
     """Request r and those that `next` leads to give back their KV."""
     while r != NONE:
         row = world.row[world.lane[l].first_row + r]
-        _give_back(world, l, i, r, row.prompt + row.output - 1)
+        give_back(world, l, i, r, row.prompt + row.output - 1)
         r = world.req[l, r].next
+
+
+@inlined
+def settle(world, l, i):
+    """Schedule instance i, which stands at a boundary, from where a question has interrupted it.
+
+    Returns:
+        True where the next question interrupts it.
+    """
+    inst = world.instance[l, i]
+    now = world.lane[l].now
+    if inst.phase == _ASYNCHRONOUS:
+        if schedule(world, l, i, now, inst.seen, inst.leaving_count):
+            return True
+        inst.preempted = 0
+        inst.phase = _SYNCHRONOUS
+    _drop_finished(world, l, i, inst.leaving)
+    inst.leaving, inst.leaving_count = NONE, 0
+    if inst.until == NEVER and schedule(world, l, i, now, now, 0):
+        return True
+    inst.phase = 0
+    return False
 
 
 @kernel
 def complete(world, l, i):
-    """What instance i had in flight ends: tokens stream, requests finish, the next iteration starts."""
+    """What instance i had in flight ends: tokens stream, requests finish, the next iteration starts.
+
+    Returns:
+        True where a question interrupts it, as in `settle`.
+    """
     inst = world.instance[l, i]
     now = inst.until
     scrape(world, l, i, now)
@@ -473,21 +449,25 @@ def complete(world, l, i):
         gaps = world.run[l, i, GAP]
         for k in range(n):
             gaps[k] = max(gaps[k], gap)
-        if steps > 1:
-            # The first step's blocks were taken when it was scheduled.
-            first = world.residue[l, i, (-inst.clock) % _setting(world, l, i).block_tokens]
-            inst.free -= _blocks_for_steps(world, l, i, steps) - first
-            if inst.unit_blocks:
-                prefix.evict(world, l, i)
+        book_steps(world, l, i)
         inst.context += n * steps
         inst.streamed_tokens += n * steps
     inst.clock += steps
+    inst.steps = inst.booked_steps = 0
     if inst.fresh:
         _first_tokens(world, l, i, now)
-    finished, first = _finish_due(world, l, i, now)
+    inst.leaving_count, inst.leaving = _finish_due(world, l, i, now)
+    if inst.out != NONE and inst.out_phase == STOPPING:
+        migration.stop(world, l, i, now)
     inst.until = NEVER
-    if _setting(world, l, i).asynchronous:
-        schedule(world, l, i, now, now - gap, finished)
-    _drop_finished(world, l, i, first)
-    if inst.until == NEVER:
-        schedule(world, l, i, now, now, 0)
+    inst.seen = now - gap
+    inst.preempted = 0
+    inst.phase = _ASYNCHRONOUS if setting_of(world, l, i).asynchronous else _SYNCHRONOUS
+    return settle(world, l, i)
+
+
+@kernel
+def set_cap(world, l, i, cap):
+    """From the next iteration on prompts get at most `cap` tokens of instance i's budget."""
+    migration.bring_up(world, l, i)
+    world.instance[l, i].cap = cap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.generators import GENERATORS, generate
 from servegym.envs.workloads.predict import predicted_output_tokens
 from servegym.envs.workloads.traces import load
-from servegym.envs.workloads.transforms import assign, head, scale_rate, slice_rows
+from servegym.envs.workloads.transforms import assign, head, prioritise, scale_rate, slice_rows
 from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
 
@@ -78,6 +79,17 @@ def make_episodes(scenario: Scenario, count: int, seed: int, *, disjoint: bool =
     return episodes
 
 
+def mix_episodes(scenarios: Sequence[Scenario], count: int, seed: int) -> list[Episode]:
+    """Episodes of several scenarios in turn, `count` in all; each scenario's are those of `make_episodes`.
+
+    Raises:
+        InputError: as `make_episodes`.
+    """
+    share = -(-count // len(scenarios))
+    drawn = [make_episodes(scenario, share, seed) for scenario in scenarios]
+    return [episode for turn in zip(*drawn, strict=True) for episode in turn][:count]
+
+
 def fleets_of(scenario: Scenario) -> list[ClusterSpec]:
     """The fleets of a scenario with its levers.
 
@@ -95,6 +107,10 @@ def fleets_of(scenario: Scenario) -> list[ClusterSpec]:
         )
         fleets.append(_drained(fleet, scenario.drain))
     most = max(len(fleet) for fleet in fleets)
+    for fleet in fleets:
+        if all(spec.drain_at_s is not None for spec in fleet.instances):
+            hint = f"every instance of {fleet.name} drains; leave one that takes requests"
+            raise InputError(f"scenario {scenario.name}", "drain", list(scenario.drain), hint)
     for number in scenario.drain:
         if int(number) >= most:
             hint = f"the largest fleet has instances 0..{most - 1}"
@@ -122,10 +138,11 @@ def sample_workload(scenario: Scenario) -> Workload:
 
 def _check_classes(scenario: Scenario, sample: Workload) -> None:
     names = tuple(scenario.classes) or sample.class_names
-    for name in scenario.class_slo:
-        if name not in names:
-            hint = f"the workload's classes are {', '.join(names)}"
-            raise InputError(f"scenario {scenario.name}", "class_slo", name, hint)
+    for field in ("class_slo", "class_priority"):
+        for name in getattr(scenario, field):
+            if name not in names:
+                hint = f"the workload's classes are {', '.join(names)}"
+                raise InputError(f"scenario {scenario.name}", field, name, hint)
 
 
 class _Source:
@@ -158,11 +175,11 @@ class _Source:
             # The slow swings of a rate are longer than an episode: without this its load would be anything
             # from half to twice what was drawn. Think times of sessions are left as they are.
             drawn = scale_rate(drawn, rate_rps)
-        if not (scenario.classes or scenario.priorities):
-            return drawn
-        levels = {int(level): share for level, share in scenario.priorities.items()}
-        seed = int(rng.integers(2**31))
-        return assign(drawn, classes=scenario.classes or None, priorities=levels or None, seed=seed)
+        if scenario.classes or scenario.priorities:
+            levels = {int(level): share for level, share in scenario.priorities.items()}
+            seed = int(rng.integers(2**31))
+            drawn = assign(drawn, classes=scenario.classes or None, priorities=levels or None, seed=seed)
+        return prioritise(drawn, scenario.class_priority) if scenario.class_priority else drawn
 
     def _load(self, rate_rps: float) -> Workload:
         scenario = self._scenario

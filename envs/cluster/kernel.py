@@ -3,6 +3,9 @@
 Numba's own disk cache watches a kernel's file, not the files of the kernels that it calls: after an update of
 one file, callers elsewhere would go on with the old code. So all kernels share a cache folder named after the
 hash of all their sources.
+
+Numba compiles each kernel together with all that it calls, so a chain of kernels costs the square of its
+length. What is called in one or two places is `inlined` before it is compiled at all.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ _CONFIG: Any = numba.config  # a module that makes its names as it is imported
 def _cache_folder(more: Sequence[str]) -> str:
     """Folder of the compiled kernels of exactly these sources, and of the constants that they compile in."""
     digest = hashlib.sha256(numba.__version__.encode())
-    sources = [*(_ROOM / "cluster").rglob("*.py"), _ROOM / "costs" / "model.py", _ROOM / "scenario.py"]
-    for path in [*sorted(sources), *map(Path, more)]:
+    constants = [_ROOM / "cluster" / name for name in ("kernel.py", "schema.py", "state.py")]
+    sources = [_ROOM / "costs" / "model.py", _ROOM / "scenario.py", *constants, *map(Path, more)]
+    for path in (_ROOM / "cluster").glob("*.py"):
+        if b"cluster.kernel import" in path.read_bytes():
+            sources.append(path)
+    for path in sorted(sources):
         digest.update(path.read_bytes())
     return str(_cache_root() / digest.hexdigest()[:16])
 
@@ -63,7 +70,7 @@ def decorators(*sources: str) -> tuple[Callable[[Callable], Any], Callable[[Call
     """
     folder = _cache_folder(sources)
     return _compiled(folder, _nrt=False, nogil=True), _compiled(
-        folder, _nrt=False, nogil=True, forceinline=True
+        folder, _nrt=False, nogil=True, inline="always"
     )
 
 

@@ -1,17 +1,19 @@
-"""One lane: arrivals, dispatch and the order of events, from one decision to the next.
+"""One lane: arrivals, questions and the order of events, from one question to the next.
 
-Events happen in the order of time; at equal times arrivals (by row) come before boundaries of iterations (by
-instance), so an iteration that starts at t can serve what arrived at t.
+Events happen in the order of time; at equal times arrivals (by row) come first, then ends of copies, the
+migration tick, the budget tick, and boundaries of iterations (each by instance), so an iteration that starts
+at t can serve what arrived at t. Ticks count only while something else is still to come.
 """
 
 from __future__ import annotations
 
-from servegym.envs.cluster import engine, prefix, sleepers, waiting
+from servegym.envs.cluster import engine, migration, prefix, sleepers, waiting
 from servegym.envs.cluster.kernel import inlined, kernel
+from servegym.envs.cluster.memory import fits, room
+from servegym.envs.cluster.running import cut
 from servegym.envs.cluster.scrape import scrape, start_scrape
-from servegym.envs.cluster.state import NEVER, NONE
+from servegym.envs.cluster.state import BUDGET, DISPATCH, END, MIGRATE, MOVE, NEVER, NONE
 
-END, DISPATCH = -1, 0
 AGENT, ROUND_ROBIN, LEAST_REQUEST = 0, 1, 2
 RATE_MEMORY_S = 10.0
 
@@ -32,16 +34,21 @@ def restart(world, l, episode):
     lane.live_weight = lane.cost = lane.gain = lane.arrival_rate = lane.prompt_rate = 0.0
     lane.history_second = 0
     world.history[l, :] = 0.0
-    lane.longest_output = e.longest_output
+    lane.longest_output, lane.least_urgent = e.longest_output, e.least_urgent
+    lane.question = lane.asker = lane.target = lane.pairs = lane.budget_turn = NONE
+    lane.moving = 0
+    lane.next_migrate = e.migrate_period if e.migrate_period else NEVER
+    lane.next_budget = e.budget_period if e.budget_period else NEVER
     lane.room = 0
     for i in range(lane.instances):
-        lane.room = max(lane.room, _room(world.setting[lane.fleet, i]))
+        if world.setting[lane.fleet, i].drain == NEVER:
+            lane.room = max(lane.room, room(world.setting[lane.fleet, i]))
         _restart_instance(world, l, i, e.prefix_tokens)
     for r in range(e.rows):
         req = world.req[l, r]
         req.next = req.instance = NONE
         req.done = req.units = req.preemptions = req.cached = 0
-        req.lost = req.order = req.gap = 0
+        req.lost = req.order = req.gap = req.hosted = req.migrations = 0
         req.arrived = req.dispatched = req.first = req.finished = req.last = NEVER
     _skip_followers(world, l)
 
@@ -51,7 +58,11 @@ def _restart_instance(world, l, i, prefix_tokens):
     inst = world.instance[l, i]
     setting = world.setting[world.lane[l].fleet, i]
     inst.begin = inst.steps = inst.clock = inst.running = inst.fresh = inst.context = 0
-    inst.until = inst.next_finish = NEVER
+    inst.booked_steps = inst.phase = inst.preempted = inst.leaving_count = inst.seen = 0
+    inst.until = inst.next_finish = inst.out_until = NEVER
+    inst.leaving = inst.out = inst.inbound = inst.joiner = inst.paired = NONE
+    inst.copying = inst.link_until = inst.urgent = 0
+    inst.host_free, inst.cap = setting.host_blocks, setting.budget
     inst.top = -NEVER
     inst.free = setting.blocks
     inst.part = inst.head = inst.tail = NONE
@@ -111,23 +122,6 @@ def _take_arrival(world, l, at, r):
 
 
 @kernel
-def fits(world, l, i, r):
-    """Whether instance i may get request r: it can hold the prompt and the longest output of the workload.
-
-    A router does not know how long the output will be. The largest instance may get every request.
-    """
-    lane = world.lane[l]
-    tokens = min(world.row[lane.first_row + r].prompt + lane.longest_output, lane.room)
-    return tokens <= _room(world.setting[lane.fleet, i])
-
-
-@inlined
-def _room(setting):
-    """Tokens that an instance can hold when nothing else is there."""
-    return (setting.blocks - setting.watermark) * setting.block_tokens
-
-
-@kernel
 def default_instance(world, l):
     """The default rule for the pending request: fewest requests in flight, lowest index on ties."""
     lane = world.lane[l]
@@ -158,8 +152,9 @@ def dispatch(world, l, i):
     scrape(world, l, i, now)
     world.req[l, r].dispatched = now
     world.req[l, r].instance = i
-    lane.pending = NONE
+    lane.pending = lane.question = NONE
     inst.inflight += 1
+    inst.urgent += row.priority < lane.least_urgent
     # The router's view: what the prefix cache holds now is not in the queue.
     hit = prefix.match(world, l, i, lane.first_row + r, row.prompt - 1)[0] * inst.unit_tokens
     world.req[l, r].booked = row.prompt - hit
@@ -170,7 +165,53 @@ def dispatch(world, l, i):
     if inst.until == NEVER:
         engine.schedule(world, l, i, now, now, 0)
     else:
-        engine.cut(world, l, i, now)
+        cut(world, l, i, now)
+
+
+# --- ticks ------------------------------------------------------------------------------------------------
+
+
+@kernel
+def take_pair(world, l, s, d):
+    """At a migration tick a request of instance s shall go to d: which one is the next question."""
+    lane = world.lane[l]
+    world.instance[l, s].paired = world.instance[l, d].paired = lane.now
+    lane.pairs += 1
+    lane.question, lane.asker, lane.target = MOVE, s, d
+
+
+@kernel
+def move(world, l, r):
+    """Request r goes from the chosen source to the chosen destination."""
+    lane = world.lane[l]
+    migration.move(world, l, lane.asker, lane.target, r)
+    lane.question = lane.asker = lane.target = NONE
+
+
+@kernel
+def close_tick(world, l):
+    """No more migration at this tick."""
+    lane = world.lane[l]
+    lane.pairs = lane.question = NONE
+
+
+@inlined
+def _has_mixed_work(inst):
+    """Whether the instance has decodes and prompts that share its iterations."""
+    return inst.running > 0 and (inst.waiting > 0 or inst.part != NONE)
+
+
+@kernel
+def _next_budget_question(world, l):
+    """Raise the question for the next instance of this budget tick that has both kinds of work."""
+    lane = world.lane[l]
+    for i in range(lane.budget_turn, lane.instances):
+        if _has_mixed_work(world.instance[l, i]):
+            lane.question, lane.asker = BUDGET, i
+            lane.budget_turn = i + 1
+            return True
+    lane.budget_turn = lane.question = lane.asker = NONE
+    return False
 
 
 # --- the event loop ---------------------------------------------------------------------------------------
@@ -184,25 +225,73 @@ def advance(world, l, rule):
         rule: AGENT to stop at every dispatch, or a built-in rule that takes all of them.
 
     Returns:
-        DISPATCH with lane.pending and lane.now set, or END when every request has finished.
+        the kind of the open question, as in lane.question, at lane.now; END when every request has finished.
     """
     lane = world.lane[l]
+    if lane.asker != NONE and world.instance[l, lane.asker].phase and engine.settle(world, l, lane.asker):
+        return lane.question
     while True:
+        if lane.pairs != NONE:
+            if lane.pairs < lane.instances // 2:
+                lane.question = MIGRATE
+                return lane.question
+            close_tick(world, l)
+        if lane.budget_turn != NONE and _next_budget_question(world, l):
+            return lane.question
         at, r = _next_arrival(world, l)
         until, i = NEVER, NONE
         for k in range(lane.instances):
             if world.instance[l, k].until < until:
                 until, i = world.instance[l, k].until, k
+        tick = min(lane.next_migrate, lane.next_budget)
+        if (lane.moving or tick <= min(at, until)) and _other_event(world, l, at, until, tick):
+            continue
         if at <= until and r != NONE:
             _take_arrival(world, l, at, r)
             if rule == AGENT:
-                return DISPATCH
+                lane.question = DISPATCH
+                return lane.question
             dispatch(world, l, _round_robin(world, l) if rule == ROUND_ROBIN else default_instance(world, l))
         elif i != NONE:
             lane.now = until
-            engine.complete(world, l, i)
+            if engine.complete(world, l, i):
+                return lane.question
         else:
             return END
+
+
+@kernel
+def _other_event(world, l, at, until, tick):
+    """Let the next end of a copy, or tick, happen, where it comes before arrivals and boundaries.
+
+    Returns:
+        whether one did.
+    """
+    lane = world.lane[l]
+    copied, s = NEVER, NONE
+    if lane.moving:
+        for k in range(lane.instances):
+            if world.instance[l, k].out_until < copied:
+                copied, s = world.instance[l, k].out_until, k
+    nothing_to_come = min(at, min(copied, until)) == NEVER
+    soonest = min(copied, tick)
+    if nothing_to_come or at <= soonest or until < soonest:
+        return False
+    if copied <= tick:
+        lane.now = copied
+        migration.copy_ended(world, l, s)
+        return True
+    lane.now = tick
+    episode = world.episode[lane.episode]
+    if lane.next_migrate <= lane.next_budget:
+        lane.next_migrate += episode.migrate_period
+        if lane.raises >> MIGRATE & 1:
+            lane.pairs = 0
+    else:
+        lane.next_budget += episode.budget_period
+        if lane.raises >> BUDGET & 1:
+            lane.budget_turn = 0
+    return True
 
 
 @kernel

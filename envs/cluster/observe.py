@@ -7,7 +7,7 @@ What a deployment cannot know is not read here, but by `_oracle`. The router's e
     decode_step_s             a decode-only iteration of min(in flight, max_seqs) requests with
                               min(inflight_context_tokens, capacity) tokens of KV, all equally long
     queue_s                   inflight_prefill_tokens / prefill_tokens_per_s
-    prefill_s                 the iterations that compute the uncached prompt alone, chunk by chunk
+    prefill_s                 the iterations, of prefill_budget tokens, that compute the uncached prompt alone
     step_after_s              decode_step_s with one request and its prompt more
     kv_after                  (context + predicted, in flight and of this request) / capacity
 
@@ -23,9 +23,11 @@ import numpy as np
 
 from servegym.envs.cluster import prefix, schema
 from servegym.envs.cluster.kernel import inlined, kernel
-from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance, fits
+from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance
+from servegym.envs.cluster.memory import fits
+from servegym.envs.cluster.migration import is_engaged
 from servegym.envs.cluster.scrape import look, steps_done
-from servegym.envs.cluster.state import FINISH, NONE, PS
+from servegym.envs.cluster.state import DISPATCH, FINISH, NONE, PS
 from servegym.envs.costs.model import prefill_ps
 
 (
@@ -37,8 +39,12 @@ from servegym.envs.costs.model import prefill_ps
     IS_DEFAULT, PREFIX_HIT, QUEUE, PREFILL, STEP_AFTER, KV_AFTER, SESSION_LAST, SWAP, COPY, PREFILL_CAP,
     ITERATION,
 ) = range(len(schema.EDGE))  # fmt: skip
+(
+    PROMPT, PREDICTED, PRIORITY, SLO_TTFT, SLO_TPOT, WEIGHT, WAITED, TURN, STREAMED, LEFT, KV_TOKENS, RUNS,
+    PREEMPTED, SOURCE_USAGE, SOURCE_STEP, SOURCE_QUEUE,
+) = range(len(schema.REQUEST))  # fmt: skip
 INSTANCES, ARRIVAL_RATE, ARRIVAL_TOKENS, SINCE_LAST, ALL_INFLIGHT = range(len(schema.GLOBAL))
-_SECOND = 1.0 / PS
+SECOND = 1.0 / PS
 
 
 class Frame(NamedTuple):
@@ -112,8 +118,7 @@ def start_frame(world, frame, l):
     """Write what stays the same for the whole episode; call it after the lane's restart."""
     frame.instances[l] = 0.0
     frame.instance_mask[l] = 0
-    frame.oracle[l] = 0.0
-    _clear_decision(frame, l)
+    blank(frame, l, DISPATCH)
     lane = world.lane[l]
     for i in range(lane.instances):
         setting = world.setting[lane.fleet, i]
@@ -123,31 +128,43 @@ def start_frame(world, frame, l):
         node[MAX_SEQS] = setting.max_seqs
         node[PREFILL_SPEED] = setting.prefill_tokens_per_s
         node[DECODE_SPEED] = setting.decode_tokens_per_s
-        node[AVAILABLE] = 1.0
         frame.instance_mask[l, i] = 1
 
 
-@inlined
-def _clear_decision(frame, l):
-    """No request to decide about: candidate 0 is the only answer, and stands for nothing."""
+@kernel
+def blank(frame, l, kind):
+    """A question without requests: candidate 0 is the only answer; the others stand as for a dispatch."""
+    frame.kind[l] = kind
     frame.requests[l] = 0.0
     frame.edges[l] = 0.0
+    frame.oracle[l] = 0.0
     frame.mask[l] = 0
     frame.mask[l, 0] = 1
-    frame.candidates[l, 0, 1] = 0
+    frame.candidates[l, :, 0] = 0
+    frame.candidates[l, :, 1] = 0
+    frame.candidates[l, :, 2] = -1
+    for i in range(frame.instances.shape[1]):
+        frame.candidates[l, i + 1, 1] = i
 
 
 @kernel
 def observe_end(world, frame, l):
     """The observation after the last request: the same instances, idle, and nothing to decide."""
+    blank(frame, l, DISPATCH)
+    observe_instances(world, frame, l)
+
+
+@kernel
+def observe_instances(world, frame, l):
+    """Write the instances, globals and history of a question other than dispatch."""
     lane = world.lane[l]
     _arrivals(world, frame, l, NONE)
+    inflight, j = 0, 0
     for i in range(lane.instances):
         look(world, l, i, lane.now)
-        _node(world, frame, l, i, 0)
-    frame.globals[l, ALL_INFLIGHT] = 0.0
-    _clear_decision(frame, l)
-    frame.oracle[l] = 0.0
+        n, _, _, j = _node(world, frame, l, i, j)
+        inflight += n
+    frame.globals[l, ALL_INFLIGHT] = inflight
 
 
 @kernel
@@ -157,8 +174,11 @@ def observe_dispatch(world, frame, l):
     r = lane.pending
     row = world.row[lane.first_row + r]
     lane.default = default_instance(world, l)
+    if frame.kind[l] != DISPATCH:
+        blank(frame, l, DISPATCH)
     _arrivals(world, frame, l, r)
-    _request(world, frame, l, r)
+    write_request(world, frame, l, 0, r)
+    frame.requests[l, 0, LEFT] = row.predicted
     last = world.req[l, row.previous_turn].instance if row.previous_turn != NONE else NONE
     inflight, j = 0, 0
     p, budget, uncached, prefill = NONE, NONE, NONE, 0.0
@@ -172,25 +192,41 @@ def observe_dispatch(world, frame, l):
         if row.prefixes and inst.unit_blocks:
             hit = prefix.match(world, l, i, lane.first_row + r, row.prompt - 1)[0] * inst.unit_tokens
         # Replicas of one kind cost the same, so the last result is often the one that is needed.
-        if setting.profile != p or setting.budget != budget or row.prompt - hit != uncached:
-            p, budget, uncached = setting.profile, setting.budget, row.prompt - hit
-            prefill = _prefill_s(world, p, uncached, hit, budget)
+        if setting.profile != p or inst.cap != budget or row.prompt - hit != uncached:
+            p, budget, uncached = setting.profile, inst.cap, row.prompt - hit
+            prefill = prefill_s(world, p, uncached, hit, budget)
         capacity = setting.blocks * setting.block_tokens
         n_after = min(n + 1, setting.max_seqs)
         edge = frame.edges[l, i + 1]
         edge[PREFIX_HIT] = hit
         edge[QUEUE] = inst.prefill_tokens / setting.prefill_tokens_per_s
         edge[PREFILL] = prefill
-        edge[STEP_AFTER], j = _step_s(world, p, n_after, min(context + row.prompt, capacity), j)
+        edge[STEP_AFTER], j = step_s(world, p, n_after, min(context + row.prompt, capacity), j)
         edge[KV_AFTER] = (context + to_come + row.prompt + row.predicted) / capacity
         edge[SESSION_LAST] = i == last
         frame.mask[l, i + 1] = fits(world, l, i, r)
         if frame.oracle.shape[1]:
             frame.oracle[l, i + 1] = _oracle(world, l, i)
     frame.globals[l, ALL_INFLIGHT] = inflight
-    frame.candidates[l, 0, 1] = lane.default
-    _copy(frame.edges[l, lane.default + 1], frame.edges[l, 0])
+    set_default(frame, l, lane.default + 1)
+
+
+@inlined
+def set_default(frame, l, c):
+    """Make candidate 0 stand for what candidate c does."""
+    _copy(frame.candidates[l, c], frame.candidates[l, 0])
+    _copy(frame.edges[l, c], frame.edges[l, 0])
     frame.edges[l, 0, IS_DEFAULT] = 1.0
+    if frame.oracle.shape[1]:
+        frame.oracle[l, 0] = frame.oracle[l, c]
+
+
+@inlined
+def books(world, l, i):
+    """The router's book of instance i: requests, context tokens and predicted tokens in flight."""
+    inst = world.instance[l, i]
+    streamed = inst.streamed_tokens + steps_done(inst, world.lane[l].now) * inst.running
+    return inst.inflight, inst.prompt_tokens + streamed, max(0, inst.predicted_tokens - streamed)
 
 
 @inlined
@@ -198,52 +234,55 @@ def _node(world, frame, l, i, j):
     """Write an instance's changing features.
 
     Returns:
-        requests, context tokens and predicted tokens in flight there, and the segment of `_step_s`.
+        requests, context tokens and predicted tokens in flight there, and the segment of `step_s`.
     """
     lane = world.lane[l]
     inst = world.instance[l, i]
     setting = world.setting[lane.fleet, i]
-    streamed = inst.streamed_tokens + steps_done(inst, lane.now) * inst.running
-    n = inst.inflight
-    context = inst.prompt_tokens + streamed
-    to_come = max(0, inst.predicted_tokens - streamed)
+    n, context, to_come = books(world, l, i)
     capacity = setting.blocks * setting.block_tokens
     node = frame.instances[l, i]
     node[RUNNING] = inst.seen_running
     node[WAITING] = inst.seen_waiting
     node[KV_USAGE] = inst.seen_usage
     node[PREEMPTIONS] = inst.seen_rise
-    node[SCRAPE_AGE] = (lane.now - inst.scraped_at) * _SECOND
+    node[SCRAPE_AGE] = (lane.now - inst.scraped_at) * SECOND
     node[INFLIGHT] = n
     node[PREFILL_TOKENS] = inst.prefill_tokens
     node[CONTEXT_TOKENS] = context
     node[PREDICTED_TOKENS] = to_come
     n_run, kv = min(n, setting.max_seqs), min(context, capacity)
-    node[DECODE_STEP], j = _step_s(world, setting.profile, n_run, kv, j)
+    node[DECODE_STEP], j = step_s(world, setting.profile, n_run, kv, j)
+    node[AVAILABLE] = lane.now < setting.drain
+    node[PREFILL_BUDGET] = inst.cap
+    node[URGENT] = inst.urgent
+    if setting.host_blocks:
+        node[HOST_USAGE] = (setting.host_blocks - inst.host_free) / setting.host_blocks
+    node[ENGAGED] = is_engaged(inst)
     return n, context, to_come, j
 
 
 @inlined
-def _request(world, frame, l, r):
-    """Write the pending request's features, in the order of schema.REQUEST."""
+def write_request(world, frame, l, k, r):
+    """Write into row k what is known of request r since it arrived."""
     lane = world.lane[l]
     row = world.row[lane.first_row + r]
-    node = frame.requests[l, 0]
-    node[0] = row.prompt
-    node[1] = row.predicted
-    node[2] = row.priority
-    node[3] = row.slo_ttft
-    node[4] = row.slo_tpot
-    node[5] = row.weight
-    node[6] = (lane.now - world.req[l, r].arrived) * _SECOND
-    node[7] = row.turn
+    node = frame.requests[l, k]
+    node[PROMPT] = row.prompt
+    node[PREDICTED] = row.predicted
+    node[PRIORITY] = row.priority
+    node[SLO_TTFT] = row.slo_ttft
+    node[SLO_TPOT] = row.slo_tpot
+    node[WEIGHT] = row.weight
+    node[WAITED] = (lane.now - world.req[l, r].arrived) * SECOND
+    node[TURN] = row.turn
 
 
 @inlined
 def _arrivals(world, frame, l, r):
     """Bring the router's arrival statistics up to now, count request r unless NONE, and write them."""
     lane = world.lane[l]
-    since = (lane.now - lane.last_arrival) * _SECOND
+    since = (lane.now - lane.last_arrival) * SECOND
     decay = math.exp(-since / RATE_MEMORY_S)
     rate, tokens = lane.arrival_rate * decay, lane.prompt_rate * decay
     second = lane.now // PS
@@ -264,7 +303,7 @@ def _arrivals(world, frame, l, r):
 
 
 @inlined
-def _step_s(world, p, n, context, j):
+def step_s(world, p, n, context, j):
     """A decode-only iteration of n requests, equally long, with `context` tokens of KV in all.
 
     As `costs.model.iteration_ps`, but the search for the segment of the mean context starts at segment j:
@@ -284,7 +323,7 @@ def _step_s(world, p, n, context, j):
 
 
 @kernel
-def _prefill_s(world, p, uncached, past, budget):
+def prefill_s(world, p, uncached, past, budget):
     """Seconds of the iterations that compute `uncached` prompt tokens behind `past` cached ones, alone.
 
     Attention grows linearly with the past, so all full chunks together cost as many at their mean past.
@@ -295,7 +334,7 @@ def _prefill_s(world, p, uncached, past, budget):
     if full:
         attention = prefill_ps(world, p, budget, past + (full - 1) * budget // 2)
         ps += full * (world.linear[p, budget] + world.head[p, 1] + attention)
-    return ps * _SECOND
+    return ps * SECOND
 
 
 @kernel

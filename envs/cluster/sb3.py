@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.errors import InputError
 
 
@@ -25,7 +25,7 @@ class ServeGymVecEnv(VecEnv):
         InputError: for another autoreset mode.
     """
 
-    def __init__(self, vector_env: DispatchVectorEnv) -> None:
+    def __init__(self, vector_env: ClusterVectorEnv) -> None:
         mode = vector_env.metadata["autoreset_mode"]
         if mode != AutoresetMode.SAME_STEP:
             raise InputError("ServeGymVecEnv", "autoreset_mode", mode.value, "SB3 needs SameStep")
@@ -34,7 +34,7 @@ class ServeGymVecEnv(VecEnv):
             vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space
         )
         self._actions = np.zeros(self.num_envs, np.int64)
-        self._mask = np.zeros((self.num_envs, vector_env.num_instances + 1), np.int8)
+        self._mask = np.zeros((self.num_envs, vector_env.num_candidates), np.int8)
 
     def reset(self) -> dict[str, np.ndarray]:
         """Start a new episode on every lane, with the seeds of `seed` where it was called."""

@@ -80,13 +80,13 @@ def running_requests(inst):
 def kv_usage(world, l, i, t):
     """Fraction of the KV blocks that requests hold at time t.
 
-    The engine books the blocks of a stretch beyond its first step when it ends; until then each decode of it
-    takes a block in `block_tokens` steps.
+    The engine books the blocks of a stretch beyond its first step later, at its end at the latest; until then
+    each decode of it takes a block in `block_tokens` steps.
     """
     inst = world.instance[l, i]
     setting = world.setting[world.lane[l].fleet, i]
-    grown = steps_done(inst, t) * inst.running / setting.block_tokens
-    return (setting.blocks - inst.free + grown) / setting.blocks
+    grown = max(0, steps_done(inst, t) + 1 - inst.booked_steps) * inst.running / setting.block_tokens
+    return min((setting.blocks - inst.free + grown) / setting.blocks, 1.0)
 
 
 @inlined

@@ -52,7 +52,7 @@ def records_of(world: World, lane: int) -> Records:
         cached_tokens=req["cached"].copy(),
         lost_tokens=req["lost"].copy(),
         preemptions=req["preemptions"].copy(),
-        migrations=np.zeros(len(req), np.int32),
+        migrations=req["migrations"].copy(),
         instance=req["instance"].copy(),
         class_id=row["klass"].astype(np.int16),
         priority=row["priority"].astype(np.int16),

@@ -15,6 +15,12 @@ PS = 1_000_000_000_000  # picoseconds of a second
 NEVER: Any = np.int64(2**62)
 NONE: Any = np.int64(-1)
 
+# Kinds of questions, as in schema.KINDS, and the end of an episode.
+DISPATCH, PREEMPT, MIGRATE, MOVE, BUDGET = range(5)
+END = -1
+# Phases of a migration: copying while the request decodes, about to stop, last copy.
+LIVE, STOPPING, LAST = range(3)
+
 # Rows of World.run: what a decoding request needs, in arrays that a scan walks contiguously.
 REQUEST, FINISH, OFFSET, GAP, ORDER = range(5)
 RUN_ROWS = 5
@@ -51,7 +57,7 @@ SETTING = _record(
 LANE = _record(
     now="i8", episode="i8", plays="i8", first_row="i8", rows="i8", fleet="i8", instances="i8",
     next_row="i8", sleeping="i8", unfinished="i8", pending="i8", default="i8", turn="i8", seed="i8",
-    room="i8", longest_output="i8",
+    room="i8", longest_output="i8", least_urgent="i8",
     decided_at="i8", accrued_at="i8", live_weight="f8", cost="f8", gain="f8", decisions="i8",
     history_second="i8", last_arrival="i8", arrival_rate="f8", prompt_rate="f8", admissions="i8",
     # Questions: which kinds are raised (a bit each), the open one, the instance that asks or whose request
@@ -75,25 +81,28 @@ INSTANCE = _record(
     clock="i8", fresh="i8", context="i8", top="i8", next_finish="i8",
     # Blocks not held by requests; those of evictable prefix blocks count as free.
     free="i8",
+    # Most prompt tokens of an iteration; whether this schedule has preempted; copies that it waits for (ps);
+    # decode steps in flight whose blocks are taken; migration away and to here (request and source, or NONE),
+    # the request that has come and joins the batch next.
+    cap="i8", preempted="i8", copying="i8", booked_steps="i8", out="i8", inbound="i8", joiner="i8",
+    # Where a question interrupts the scheduler: which of its two calls, what it may see, the finished requests
+    # that still hold memory.
+    phase="i8", seen="i8", leaving="i8", leaving_count="i8",
     # The one prompt that is partly computed.
     part="i8", part_done="i8", part_goal="i8",
     # Waiting list, linked through REQ.next.
     head="i8", tail="i8", waiting="i8",
     # Prefix cache: blocks of KV a prefix block takes (0: off), idle ones in order of last use.
     unit_blocks="i8", unit_tokens="i8", units="i8", idle_units="i8", oldest="i8", newest="i8", spare="i8",
-    # Decode steps in flight whose blocks are taken. Where the scheduler was interrupted by a question: which of
-    # its two calls, whether it has preempted, what it may see, the finished requests that still hold memory.
-    booked_steps="i8", phase="i8", preempted="i8", seen="i8", leaving="i8", leaving_count="i8",
-    # Most prompt tokens of an iteration; requests in flight above the least urgent priority.
-    cap="i8", urgent="i8",
-    # Swap: free blocks of host memory, copies that the next iteration waits for (ps); end of the last copy on
-    # the link to host and network.
-    host_free="i8", copying="i8", link_until="i8",
-    # Migration away: the request, where to, how far, tokens copied, blocks reserved there, end of the copy.
-    out="i8", out_to="i8", out_phase="i8", out_stage="i8", out_copied="i8", out_reserved="i8", out_until="i8",
-    # Migration to here: the source; then the request that joins the batch, its KV and blocks. Tick of the last
-    # pair.
-    inbound="i8", joiner="i8", joiner_kv="i8", joiner_blocks="i8", paired="i8",
+    # Requests in flight above the least urgent priority; free blocks of host memory; end of the last copy on the
+    # link to host and network.
+    urgent="i8", host_free="i8", link_until="i8",
+    # Migration away: where to, how far, tokens copied, blocks reserved there, end of the copy; of the request
+    # that joins: its KV tokens and blocks; time of the last pair.
+    out_to="i8", out_phase="i8", out_stage="i8", out_copied="i8", out_reserved="i8", out_until="i8",
+    joiner_kv="i8", joiner_blocks="i8", paired="i8",
+    # Freeness at the migration tick (Llumnix).
+    freeness="f8",
 )  # fmt: skip
 REQ = _record(
     next="i4", instance="i4", done="i4", units="i4", preemptions="i4", cached="i4", booked="i4",

@@ -10,16 +10,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from servegym.envs.cluster import engine
 from servegym.envs.cluster.kernel import inlined, kernel
-from servegym.envs.cluster.lane import AGENT, END, advance, dispatch, restart
-from servegym.envs.cluster.observe import copy_frame, observe_dispatch, observe_end, start_frame
+from servegym.envs.cluster.lane import AGENT, advance, close_tick, dispatch, move, restart, take_pair
+from servegym.envs.cluster.observe import PREFILL_CAP, SWAP, copy_frame, observe_end, start_frame
+from servegym.envs.cluster.offers import has_pair, offer_movers
+from servegym.envs.cluster.preemption import default_victim, preempt
+from servegym.envs.cluster.questions import observe
 from servegym.envs.cluster.reward import collect
+from servegym.envs.cluster.rules import answer
 from servegym.envs.cluster.scrape import mix
-from servegym.envs.cluster.state import LANE, PS, World
+from servegym.envs.cluster.state import DISPATCH, END, LANE, MIGRATE, MOVE, NONE, PREEMPT, PS, World
 
 
 class Rules(NamedTuple):
-    """How episodes are chosen, rewarded and ended.
+    """Who answers, and how episodes are chosen, rewarded and ended.
 
     Attributes:
         reward: index into `scenario.REWARDS`.
@@ -27,6 +32,8 @@ class Rules(NamedTuple):
         same_step: whether the step that ends an episode also starts the next.
         in_order: whether lane l plays episode l first, instead of a random one.
         group_size: lanes in a row that play the same episodes; in order, a group counts as one lane.
+        plays: int64 [KINDS], 0 for the agent, else the number of the built-in rule that answers the kind.
+        params: float64 [KINDS, 4], parameters of those rules.
     """
 
     reward: int
@@ -34,6 +41,8 @@ class Rules(NamedTuple):
     same_step: bool
     in_order: bool
     group_size: int
+    plays: np.ndarray
+    params: np.ndarray
 
 
 class Transition(NamedTuple):
@@ -72,22 +81,81 @@ def _next_episode(world, rules, l):
 
 
 @kernel
+def apply(world, frame, l, choice):
+    """Give effect to candidate `choice`, which is legal, of the open question that `frame` shows."""
+    lane = world.lane[l]
+    kind = lane.question
+    row, instance = frame.candidates[l, choice, 0], np.int64(frame.candidates[l, choice, 1])
+    if kind == DISPATCH:
+        dispatch(world, l, instance)
+    elif kind == MIGRATE:
+        if choice:
+            take_pair(world, l, np.int64(frame.candidates[l, choice, 2]), instance)
+        else:
+            close_tick(world, l)
+    elif kind == MOVE:
+        move(world, l, np.int64(world.offer[l, row]))
+    elif kind == PREEMPT:
+        i = lane.asker
+        r, by_swap = default_victim(world, l, i), world.setting[lane.fleet, i].by_swap
+        if choice:
+            r, by_swap = np.int64(world.offer[l, row]), frame.edges[l, choice, SWAP] > 0.0
+        preempt(world, l, i, r, by_swap, lane.now)
+        lane.question = NONE
+    else:
+        if choice:
+            engine.set_cap(world, l, lane.asker, np.int64(frame.edges[l, choice, PREFILL_CAP]))
+        lane.question = NONE
+
+
+@kernel
+def run_to_question(world, frame, l, rules):
+    """Run lane l to the agent's next question; built-in rules answer the others.
+
+    Returns:
+        its kind, observed in `frame`; END with the final observation at the end of the episode.
+    """
+    lane = world.lane[l]
+    while True:
+        kind = MOVE if lane.question == MOVE else advance(world, l, AGENT)
+        if kind == END:
+            observe_end(world, frame, l)
+            return END
+        if kind == MIGRATE and not has_pair(world, l):
+            close_tick(world, l)
+            continue
+        if kind == MOVE and offer_movers(world, l, lane.asker, lane.target) < 2:
+            move(world, l, np.int64(world.offer[l, 0]))
+            continue
+        observe(world, frame, l)
+        rule = rules.plays[kind]
+        if rule == AGENT:
+            engine.accrue(lane, lane.now)
+            return kind
+        apply(world, frame, l, answer(world, frame, l, rule, rules.params[kind]))
+
+
+@kernel
 def begin(world, frame, rules, l):
-    """Start the lane's next episode and run it to the first decision."""
+    """Start the lane's next episode and run it to the first question, if there is any."""
+    lane = world.lane[l]
+    # The first built-in rule of each kind is what engine and cluster do unasked.
+    lane.raises = 0
+    for kind in range(len(rules.plays)):
+        lane.raises |= (rules.plays[kind] != 1) << kind
     restart(world, l, _next_episode(world, rules, l))
     start_frame(world, frame, l)
-    advance(world, l, AGENT)
-    lane = world.lane[l]
+    run_to_question(world, frame, l, rules)
     lane.decided_at = lane.now
-    observe_dispatch(world, frame, l)
 
 
 @inlined
 def step_lane(world, frame, final, finished, out, rules, action, l):
-    """Give the pending request to candidate `action`, which is legal, and run to the next decision.
+    """Answer the open question with candidate `action`, which is legal, and run to the next one.
 
-    `frame` receives the observation, `final` that of an episode's end where the next starts in the same
-    step, `finished` the ended episode, `out` the transition.
+    An episode that asked nothing stands at its end, and any answer ends it. `frame` receives the observation,
+    `final` that of an episode's end where the next starts in the same step, `finished` the ended episode,
+    `out` the transition.
     """
     lane = world.lane[l]
     if (out.terminated[l] or out.truncated[l]) and not rules.same_step:
@@ -95,18 +163,16 @@ def step_lane(world, frame, final, finished, out, rules, action, l):
         out.reward[l] = out.elapsed_s[l] = 0.0
         out.terminated[l] = out.truncated[l] = False
         return
-    dispatch(world, l, lane.default if action == 0 else action - 1)
-    lane.decisions += 1
-    at_end = advance(world, l, AGENT) == END
+    at_end = lane.question == NONE
+    if not at_end:
+        apply(world, frame, l, action)
+        lane.decisions += 1
+        at_end = run_to_question(world, frame, l, rules) == END
     out.reward[l] = collect(lane, rules.reward)
     out.elapsed_s[l] = (lane.now - lane.decided_at) / PS
     lane.decided_at = lane.now
     out.terminated[l] = at_end
     out.truncated[l] = not at_end and lane.decisions >= rules.max_steps
-    if at_end:
-        observe_end(world, frame, l)
-    else:
-        observe_dispatch(world, frame, l)
     if out.terminated[l] or out.truncated[l]:
         finished.lane[l] = world.lane[l]
         for r in range(lane.rows):
@@ -114,14 +180,6 @@ def step_lane(world, frame, final, finished, out, rules, action, l):
         if rules.same_step:
             copy_frame(frame, final, l)
             begin(world, frame, rules, l)
-
-
-@kernel
-def begin_lanes(world, frame, out, rules, first, last):
-    """Start the next episode of lanes first..last-1."""
-    for l in range(first, last):
-        begin(world, frame, rules, l)
-        out.terminated[l] = out.truncated[l] = False
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,17 +12,23 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from servegym.envs.cluster.crew import Crew
-from servegym.envs.cluster.episode import Episode, make_episodes
+from servegym.envs.cluster.decisions import (
+    divide,
+    request_rows,
+)
+from servegym.envs.cluster.episode import Episode, mix_episodes
 from servegym.envs.cluster.observe import Frame, make_frame
+from servegym.envs.cluster.refusal import reason
+from servegym.envs.cluster.rules import plays
+from servegym.envs.cluster.schema import most_candidates
 from servegym.envs.cluster.simulate import records_of
 from servegym.envs.cluster.spaces import observation_space
 from servegym.envs.cluster.spec import parse_cluster
-from servegym.envs.cluster.state import NEVER, OWNED, World
+from servegym.envs.cluster.state import NEVER, OWNED, PS, World
 from servegym.envs.cluster.steps import (
     Finished,
     Rules,
     Transition,
-    begin_lanes,
     first_illegal,
     make_finished,
     make_transition,
@@ -36,6 +42,8 @@ from servegym.errors import InputError
 BANK = 64  # episodes drawn from a scenario where none are given
 BANK_SEED = 0
 
+Scenarios = Scenario | str | Sequence[Scenario | str]
+
 
 class Lanes(NamedTuple):
     """The environment's own memory, as the kernels of `steps` take it: for roll-outs inside a kernel."""
@@ -48,20 +56,26 @@ class Lanes(NamedTuple):
     rules: Rules
 
 
-class DispatchVectorEnv(VectorEnv):
-    """`ServeGym/Dispatch-v0`, B lanes; `DispatchEnv` describes the environment itself.
+class ClusterVectorEnv(VectorEnv):
+    """`ServeGym/Cluster-v0`, B lanes; `ClusterEnv` describes the environment itself.
 
     A lane plays one episode after the other, drawn from the bank by its seed. Lane l of `reset(seed=s)` plays
-    exactly what a `DispatchEnv` plays after `reset(seed=s + l)`, whatever the number of threads.
+    exactly what a `ClusterEnv` plays after `reset(seed=s + l)`, whatever the number of threads.
 
     Observations are dicts of `servegym.envs.cluster.schema`'s arrays with a leading dimension B. `info` holds
-    `elapsed_s`, float64 [B], the simulated seconds that the transition took. With SAME_STEP it also holds
+    `elapsed_s`, float64 [B], the simulated seconds that the transition took, and `now_s`, float64 [B], the
+    simulated time of the question, seconds since the start of the episode. With SAME_STEP it also holds
     `final_obs`, the observations at the end of the episodes that ended, valid where `_final_obs` is true.
 
     Args:
         num_envs: lanes.
-        scenario: a scenario, the name of a shipped one, or the path of a TOML file.
-        episodes: what the lanes play, lane l episode l modulo their number first; None draws 64 from the
+        scenario: a scenario, the name of a shipped one, or the path of a TOML file; or several of them, which
+            then take turns in the bank and must agree on reward and beta.
+        decisions: what the agent takes: some of dispatch, preempt, migrate, budget; None: all that the
+            scenario's levers allow.
+        rules: kind of question -> built-in rule that answers it, of those that the agent does not take;
+            those left out get the first of `servegym.envs.cluster.rules.RULES`.
+        episodes: what the lanes play, lane l episode l modulo their number first; None draws 64 from each
             scenario, always the same. Give `make_episodes(scenario, count, seed)` for others.
         autoreset_mode: SAME_STEP or NEXT_STEP, as in Gymnasium.
         num_threads: threads that share the lanes.
@@ -69,22 +83,26 @@ class DispatchVectorEnv(VectorEnv):
         copy: False returns the same buffers at every step, overwritten by the next.
         group_size: lanes in a row that play the same episodes with the same seed, so that what they meet
             differs by their own decisions only; a divisor of num_envs.
-        oracle: add `oracle` to the observation, float64 [B, I], seconds of work truly left on each instance,
-            for rules that bound what is possible; no deployment knows them.
+        oracle: add `oracle` to the observation, float64 [B, C], what each answer truly costs, for rules that
+            bound what is possible; no deployment knows it.
 
     Attributes:
-        scenario, num_instances: the scenario, and I, the largest fleet, to which all arrays are padded.
+        scenarios: what the bank was drawn from.
+        num_instances, num_candidates: I, the largest fleet, to which all arrays are padded, and C.
+        decisions, rules: what the agent takes, and the rule of each kind of question that it does not.
         beta: discount rate, 1/s.
 
     Raises:
-        InputError: for arguments that cannot be used.
+        InputError: for arguments that cannot be used, decisions without their lever among them.
     """
 
     def __init__(
         self,
         num_envs: int = 1,
-        scenario: Scenario | str = "chat",
+        scenario: Scenarios = "mixed",
         *,
+        decisions: Sequence[str] | None = None,
+        rules: Mapping[str, str] | None = None,
         episodes: Sequence[Episode] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         num_threads: int = 1,
@@ -103,30 +121,42 @@ class DispatchVectorEnv(VectorEnv):
         if episodes is not None and len(episodes) == 0:
             raise InputError("environment", "episodes", [], "give at least one, or None")
         self.num_envs, self.group_size = num_envs, group_size
-        self.scenario = load_scenario(scenario) if isinstance(scenario, str) else scenario
-        self.beta = self.scenario.beta
+        self.scenarios = load_scenarios(scenario)
+        first = self.scenarios[0]
+        self.beta = first.beta
         self.copy = copy
         self.render_mode = None
         self.metadata = {"render_modes": [], "autoreset_mode": _autoreset_mode(autoreset_mode)}
-        bank = make_episodes(self.scenario, BANK, BANK_SEED) if episodes is None else episodes
-        fleets = [parse_cluster(text) for text in self.scenario.clusters]
+        bank = (
+            mix_episodes(self.scenarios, BANK * len(self.scenarios), BANK_SEED)
+            if episodes is None
+            else episodes
+        )
+        where = f"scenario {', '.join(s.name for s in self.scenarios)}"
+        self.decisions, self.rules = divide(decisions, rules, (e.cluster for e in bank), where)
+        fleets = [parse_cluster(text) for s in self.scenarios for text in s.clusters]
         self.num_instances = max(*map(len, fleets), *(len(e.cluster) for e in bank))
-        self.single_observation_space = observation_space(self.num_instances, oracle=oracle)
+        size = (self.num_instances, request_rows(self.decisions, self.rules))
+        self.single_observation_space = observation_space(*size, oracle=oracle)
         self._names = tuple(self.single_observation_space.spaces)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.single_action_space = spaces.Discrete(self.num_instances + 1)
+        self.num_candidates = most_candidates(*size)
+        self.single_action_space = spaces.Discrete(self.num_candidates)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._world = build_world(bank, num_envs, scenario=self.scenario)
-        self._frame = make_frame(num_envs, self.num_instances, oracle=oracle)
-        self._final = make_frame(num_envs, self.num_instances, oracle=oracle)
+        self._world = build_world(bank, num_envs, scenario=first)
+        self._frame = make_frame(num_envs, *size, oracle=oracle)
+        self._final = make_frame(num_envs, *size, oracle=oracle)
         self._finished = make_finished(self._world)
         self._out = make_transition(num_envs)
+        chosen, params = plays(self.rules)
         self._rules = Rules(
-            reward=REWARDS.index(self.scenario.reward),
+            reward=REWARDS.index(first.reward),
             max_steps=int(NEVER) if max_episode_steps is None else max_episode_steps,
             same_step=self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP,
             in_order=episodes is not None,
             group_size=group_size,
+            plays=chosen,
+            params=params,
         )
         bounds = np.linspace(0, num_envs, min(num_threads, num_envs) + 1).astype(int).tolist()
         self._crew = Crew(list(pairwise(bounds)))
@@ -152,9 +182,11 @@ class DispatchVectorEnv(VectorEnv):
             self._world.lane["seed"] = seeds
             self._world.lane["plays"] = 0
             self._seeded = True
-        self._crew.run(begin_lanes, self._world, self._frame, self._out, self._rules)
+        # In the NEXT_STEP mode the step behind an episode's end starts the next one.
+        self._out.terminated[:] = True
+        self._step_lanes(np.zeros(self.num_envs, np.int64), self._rules._replace(same_step=False))
         self._started = True
-        return self._observation(self._frame), {}
+        return self._observation(self._frame), self._now(self._world.lane)
 
     def step(
         self, actions: np.ndarray
@@ -172,17 +204,16 @@ class DispatchVectorEnv(VectorEnv):
         """
         answers = self._checked(actions)
         out = self._out
-        self._crew.run(
-            step_lanes, self._world, self._frame, self._final, self._finished, out, self._rules, answers
-        )
-        always = np.ones(self.num_envs, bool)
-        info: dict[str, Any] = {"elapsed_s": out.elapsed_s.copy(), "_elapsed_s": always}
+        self._step_lanes(answers, self._rules)
+        elapsed = {"elapsed_s": out.elapsed_s.copy(), "_elapsed_s": np.ones(self.num_envs, bool)}
+        info: dict[str, Any] = elapsed | self._now(self._world.lane)
         ended = out.terminated | out.truncated
         if self._rules.same_step and ended.any():
             final = self._observation(self._final)
             # Gymnasium's wrappers look for each array's mask, in nested dicts too.
             info["final_obs"] = final | {f"_{name}": ended for name in final}
-            info["final_info"] = {"elapsed_s": info["elapsed_s"], "_elapsed_s": ended}
+            final_info = {"elapsed_s": info["elapsed_s"], **self._now(self._finished.lane)}
+            info["final_info"] = final_info | {"_elapsed_s": ended, "_now_s": ended}
             info["_final_obs"] = info["_final_info"] = ended
         observation = self._observation(self._frame)
         return observation, out.reward.copy(), out.terminated.copy(), out.truncated.copy(), info
@@ -232,6 +263,15 @@ class DispatchVectorEnv(VectorEnv):
         """End the threads."""
         self._crew.close()
 
+    def _step_lanes(self, answers: np.ndarray, rules: Rules) -> None:
+        self._crew.run(
+            step_lanes, self._world, self._frame, self._final, self._finished, self._out, rules, answers
+        )
+
+    def _now(self, lanes: np.ndarray) -> dict[str, np.ndarray]:
+        """The simulated time of lanes, for infos."""
+        return {"now_s": lanes["now"] / PS, "_now_s": np.ones(self.num_envs, bool)}
+
     def _state(self) -> dict[str, np.ndarray]:
         parts = {
             "world": {name: getattr(self._world, name) for name in OWNED},
@@ -255,18 +295,56 @@ class DispatchVectorEnv(VectorEnv):
         answers = answers.astype(np.int64, copy=False)
         lane = first_illegal(self._frame, self._out, self._rules, answers)
         if lane >= 0:
-            raise InputError(
-                f"step, lane {lane}", "action", int(answers[lane]), self._reason(lane, answers[lane])
-            )
+            why = reason(self._world, self._frame, lane, int(answers[lane]))
+            raise InputError(f"step, lane {lane}", "action", int(answers[lane]), why)
         return answers
 
-    def _reason(self, lane: int, action: int) -> str:
-        """Why an answer is not legal."""
-        if not 0 <= action <= self.num_instances:
-            return f"answers lie in 0..{self.num_instances}"
-        if action > self._world.lane["instances"][lane]:
-            return f"the cluster has {self._world.lane['instances'][lane]} instances; choose where mask is 1"
-        return f"the request does not fit into the KV memory of instance {action - 1}; choose where mask is 1"
+
+class DispatchVectorEnv(ClusterVectorEnv):
+    """`ServeGym/Dispatch-v0`, B lanes: a `ClusterVectorEnv` whose agent takes dispatches only."""
+
+    def __init__(self, num_envs: int = 1, scenario: Scenarios = "chat", **arguments: Any) -> None:
+        super().__init__(num_envs, scenario, decisions=("dispatch",), **arguments)
+
+
+class PreemptVectorEnv(ClusterVectorEnv):
+    """`ServeGym/Preempt-v0`, B lanes: a `ClusterVectorEnv` whose agent takes preemptions only."""
+
+    def __init__(self, num_envs: int = 1, scenario: Scenarios = "scarce", **arguments: Any) -> None:
+        super().__init__(num_envs, scenario, decisions=("preempt",), **arguments)
+
+
+class MigrateVectorEnv(ClusterVectorEnv):
+    """`ServeGym/Migrate-v0`, B lanes: a `ClusterVectorEnv` whose agent takes migrations only."""
+
+    def __init__(self, num_envs: int = 1, scenario: Scenarios = "scarce", **arguments: Any) -> None:
+        super().__init__(num_envs, scenario, decisions=("migrate",), **arguments)
+
+
+class BudgetVectorEnv(ClusterVectorEnv):
+    """`ServeGym/Budget-v0`, B lanes: a `ClusterVectorEnv` whose agent takes prefill budgets only."""
+
+    def __init__(self, num_envs: int = 1, scenario: Scenarios = "chat", **arguments: Any) -> None:
+        super().__init__(num_envs, scenario, decisions=("budget",), **arguments)
+
+
+def load_scenarios(scenario: Scenarios) -> tuple[Scenario, ...]:
+    """One scenario or several, by value, name or path.
+
+    Raises:
+        InputError: for none, what `load_scenario` refuses, and several that differ in reward or beta.
+    """
+    given = [scenario] if isinstance(scenario, Scenario | str) else list(scenario)
+    if not given:
+        raise InputError("environment", "scenario", given, "give at least one")
+    loaded = tuple(load_scenario(s) if isinstance(s, str) else s for s in given)
+    for other in loaded[1:]:
+        for name in ("reward", "beta"):
+            ours = getattr(loaded[0], name)
+            if getattr(other, name) != ours:
+                hint = f"scenario {loaded[0].name} has {ours}; scenarios that are mixed must agree"
+                raise InputError(f"scenario {other.name}", name, getattr(other, name), hint)
+    return loaded
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

@@ -56,3 +56,29 @@ def requeue(world, l, i, r):
         _insert_by_priority(world, l, i, r)
     else:
         _insert_after(world, l, i, r, NONE)
+
+
+@inlined
+def holds(world, l, i, r):
+    """Whether request r waits on instance i."""
+    at = world.instance[l, i].head
+    while at != NONE and at != r:
+        at = world.req[l, at].next
+    return at == r
+
+
+@inlined
+def remove(world, l, i, r):
+    """Request r, which waits on instance i, leaves the list."""
+    inst = world.instance[l, i]
+    previous = NONE
+    if inst.head == r:
+        inst.head = world.req[l, r].next
+    else:
+        previous = inst.head
+        while world.req[l, previous].next != r:
+            previous = world.req[l, previous].next
+        world.req[l, previous].next = world.req[l, r].next
+    if inst.tail == r:
+        inst.tail = previous
+    inst.waiting -= 1

@@ -276,7 +276,12 @@ def _write_levers(entry: np.void, cluster: ClusterSpec) -> None:
 def _check_fit(episode: Episode, settings: np.ndarray) -> None:
     w, cluster = episode.workload, episode.cluster
     tokens = w.prompt_tokens.astype(np.int64) + w.output_tokens
-    room = ((settings["blocks"] - settings["watermark"]) * settings["block_tokens"]).max()
+    stays = settings[settings["drain"] == NEVER]
+    if len(stays) == 0:
+        raise InputError(
+            f"cluster {cluster.name}", "drain_at_s", "all", "leave an instance that never drains"
+        )
+    room = ((stays["blocks"] - stays["watermark"]) * stays["block_tokens"]).max()
     row = int(tokens.argmax())
     if tokens[row] > room:
         raise InputError(

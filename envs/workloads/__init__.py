@@ -4,7 +4,15 @@ from servegym.envs.workloads.catalogue import DEFAULT_WORKLOAD, catalogue, resol
 from servegym.envs.workloads.generators import GENERATORS, generate
 from servegym.envs.workloads.predict import predicted_output_tokens
 from servegym.envs.workloads.traces import load
-from servegym.envs.workloads.transforms import assign, head, open_loop, scale_rate, slice_rows, window
+from servegym.envs.workloads.transforms import (
+    assign,
+    head,
+    open_loop,
+    prioritise,
+    scale_rate,
+    slice_rows,
+    window,
+)
 from servegym.envs.workloads.workload import Workload, make_workload
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "make_workload",
     "open_loop",
     "predicted_output_tokens",
+    "prioritise",
     "resolve",
     "scale_rate",
     "slice_rows",

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from servegym.envs.workloads.arrivals import gamma_arrivals, modulated_arrivals
 from servegym.envs.workloads.checks import check_positive, check_whole
 from servegym.envs.workloads.conversations import conversations
 from servegym.envs.workloads.fits import fit
-from servegym.envs.workloads.lengths import sample_lengths
+from servegym.envs.workloads.fitted import UNCLOCKED_RATE_RPS, fitted, fitted_rate_rps
+from servegym.envs.workloads.flood import flood
 from servegym.envs.workloads.parametric import fixed, llumnix
 from servegym.envs.workloads.sessions import agent_sessions, chat_sessions
-from servegym.envs.workloads.workload import Workload, make_workload
+from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
-
-UNCLOCKED_RATE_RPS = 1.0  # for workloads whose source has no clock time, so no rate to fit
 
 
 @dataclass(frozen=True)
@@ -71,22 +69,9 @@ def generate(name: str, requests: int, *, rate_rps: float | None = None, seed: i
     return generator.build(name, requests, rate, np.random.default_rng(seed))
 
 
-def _fitted(name: str, requests: int, rate_rps: float, rng: np.random.Generator) -> Workload:
-    """Open-loop requests with the arrival and the length model fitted to trace `name`."""
+def _from_fit(name: str, about: str, build: Callable[..., Workload] = fitted, form: str = "") -> Generator:
     f = fit(name)
-    arrivals, lengths = rng.spawn(2)
-    if "arrival" in f:
-        arrived = modulated_arrivals(arrivals, requests, f["arrival"]) * (f["arrival"]["rate_rps"] / rate_rps)
-    else:
-        arrived = gamma_arrivals(arrivals, requests, rate_rps)
-    prompt, output = sample_lengths(lengths, f["lengths"], requests)
-    return make_workload(name, arrived, prompt, output, class_names=(f["class"],))
-
-
-def _from_fit(name: str, about: str, build: Callable[..., Workload] = _fitted) -> Generator:
-    f = fit(name)
-    rate = f["arrival"]["rate_rps"] if "arrival" in f else UNCLOCKED_RATE_RPS
-    return Generator(name, about, f["source"], f["license"], rate, build)
+    return Generator(name, about, f["source"], f["license"], fitted_rate_rps(name), build, form)
 
 
 GENERATORS: dict[str, Generator] = {
@@ -106,8 +91,9 @@ GENERATORS: dict[str, Generator] = {
         _from_fit("arxiv_summarization", "summarisation of papers: long prompts, short outputs, Poisson"),
         _from_fit(
             "weka_agentic",
-            "coding agents: closed-loop sessions with tool calls",
+            "coding agents: closed-loop sessions with tool calls; prompts of at most MAX tokens",
             agent_sessions,
+            "[:MAX]",
         ),
         _from_fit("sharegpt_turns", "ShareGPT conversations: closed-loop sessions", chat_sessions),
         Generator(
@@ -118,6 +104,15 @@ GENERATORS: dict[str, Generator] = {
             UNCLOCKED_RATE_RPS,
             llumnix,
             ":IN-OUT[:cvX]",
+        ),
+        Generator(
+            "flood",
+            "fitted traffic of 16 tenants, and for a fifth of the time one more that sends TIMES as much",
+            "ServeGym, on the fits named",
+            "MIT, and those of the fits",
+            UNCLOCKED_RATE_RPS,
+            flood,
+            ":STEADY+FLOOD:xTIMES",
         ),
         Generator(
             "fixed",

@@ -15,18 +15,32 @@ from servegym.envs.workloads.fits import fit
 from servegym.envs.workloads.lengths import Quantile, correlated_uniforms, quantile_function, tokens
 from servegym.envs.workloads.prefixes import chained_ids, full_blocks
 from servegym.envs.workloads.workload import NO_ID, Workload, make_workload
+from servegym.errors import InputError
 
 NOMINAL_TPOT_S = 0.02  # service time an output token, only for the nominal arrivals that order the rows
 
 
 def agent_sessions(name: str, requests: int, rate_rps: float, rng: np.random.Generator) -> Workload:
-    """Coding agents: prompts grow until the context is compacted; most gaps are tool calls."""
-    f = fit(name)["session"]
+    """`weka_agentic[:MAX]`: coding agents; prompts grow until the context is compacted, most gaps are tools.
+
+    With MAX no prompt is longer: agents of a smaller context window compact earlier.
+    """
+    source, _, most = name.partition(":")
+    f = fit(source)["session"]
+    if most:
+        f = f | {"max_prompt_tokens": _most_tokens(name, most, f["max_prompt_tokens"])}
     draws, gaps, starts = rng.spawn(3)
     turns, prompt, compacted = _agent_prompts(draws, f, requests)
     output = _draw(draws, f["output"], requests)
     gap_s = _tool_or_user_gaps(gaps, f, requests)
     return _workload(starts, name, rate_rps, turns, prompt, output, gap_s, compacted)
+
+
+def _most_tokens(name: str, most: str, known: int) -> int:
+    if not (most.isascii() and most.isdigit() and 1 <= int(most) <= known):
+        hint = f"write weka_agentic:MAX, the longest prompt in tokens, 1..{known}"
+        raise InputError("workload", "name", name, hint)
+    return int(most)
 
 
 def chat_sessions(name: str, requests: int, rate_rps: float, rng: np.random.Generator) -> Workload:
@@ -128,7 +142,7 @@ def _workload(
     Shapes: turns [S] with sum N; all else [N]. `compacted`: the turn's context restarts after the blocks that
     compaction keeps.
     """
-    f = fit(name)
+    f = fit(name.partition(":")[0])
     block_tokens = f["session"]["block_tokens"]
     whole = np.repeat(np.arange(len(turns)), turns)
     turn = np.arange(len(prompt)) - np.repeat(np.cumsum(turns) - turns, turns)

@@ -85,6 +85,21 @@ def assign(
     return _changed(w, **changes)
 
 
+def prioritise(w: Workload, class_priority: Mapping[str, int]) -> Workload:
+    """Give every request the priority of its class; classes that are not named keep theirs.
+
+    Raises:
+        InputError: for a class that the workload does not have.
+    """
+    priority = w.priority.copy()
+    for name, level in class_priority.items():
+        if name not in w.class_names:
+            hint = f"the workload's classes are {', '.join(w.class_names)}"
+            raise InputError(w.name, "class_priority", name, hint)
+        priority[w.class_id == w.class_names.index(name)] = level
+    return _changed(w, priority=priority)
+
+
 def _draw(w: Workload, field: str, fractions: Mapping[Any, float], rng: np.random.Generator) -> np.ndarray:
     """Index of the option of each request, [N]."""
     p = np.array(list(fractions.values()), np.float64)

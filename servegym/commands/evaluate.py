@@ -5,23 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from servegym.agents.heuristics import HEURISTICS, heuristic_names, make_heuristic
+from servegym.agents.heuristics import heuristic_names, make_heuristic, search_space
 from servegym.agents.heuristics.tuning import Parameters, tune
 from servegym.agents.policy import Policy
+from servegym.envs.cluster.decisions import ENVIRONMENTS
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.scenario import Scenario, load_scenario
 from servegym.envs.workloads import DEFAULT_WORKLOAD
 from servegym.errors import InputError
-from servegym.evaluation import Setting, Table, as_json, compare, episodes_of, load_of, measure
+from servegym.evaluation import (
+    Setting,
+    Table,
+    as_json,
+    compare,
+    decisions_of,
+    episodes_of,
+    load_of,
+    measure,
+)
 from servegym.files import check_folder, command_line, console, git_revision, trace_hashes, write_json
-from servegym.flags import Setup, check_seed
+from servegym.flags import DEFAULT_SCENARIO, Setup, check_environment, check_seed
 from servegym.loading import load_agent
 from servegym.report import plot, render
 
@@ -32,18 +42,40 @@ RECORDED = Path("../shared/traces/eval") / f"{DEFAULT_WORKLOAD}.parquet"
 Tuned: TypeAlias = "dict[str, dict[str, Parameters]]"  # fleet -> heuristic -> its parameters
 
 
+@dataclass(frozen=True)
+class Result:
+    """What was found in one scenario.
+
+    Attributes:
+        scenario: what was played.
+        tables: one a fleet and load.
+        tuned: the heuristics' parameters.
+        training: what they were tuned on; None: they were not.
+    """
+
+    scenario: Scenario
+    tables: list[Table]
+    tuned: Tuned
+    training: Scenario | None
+
+
 @dataclass(kw_only=True)
 class Command(Setup):
     """Play trained policies and heuristics on the same requests and show what became of them.
 
-    Prints a table for each fleet and rate, best goodput first, and writes results.json and plots. Every
-    policy meets the same requests, prediction errors and noise; intervals are 95% over the seeds.
+    Prints a table for each scenario, fleet and rate, best goodput first, and writes results.json and plots.
+    Every policy meets the same requests, prediction errors and noise; intervals are 95% over the seeds. A
+    policy answers the questions that it was made for; built-in rules answer the others.
+
+    `evaluate zoo` plays the shipped policies again and holds them to their cards.
     """
 
     trained_agent: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=("-i",))] = ()
     """Checkpoint or bundle folder; repeat for several."""
+    env: str | None = None
+    """Refuse agents that are not for this environment; each knows its own."""
     policies: tuple[str, ...] = ()
-    """Heuristics to compare with (see `servegym heuristics`); all by default."""
+    """Heuristics to compare with (see `servegym heuristics`); by default all of use in the scenario."""
     loads: tuple[float, ...] = (0.6, 0.8, 1.0)
     """Offered loads as fractions of the fleet's saturation throughput on the workload."""
     rates: tuple[float, ...] = ()
@@ -64,39 +96,42 @@ class Command(Setup):
     def run(self) -> int:
         """Evaluate, print, write."""
         check_folder(self.log_folder)
-        scenario = self._scenario()
-        names = self.policies or tuple(heuristic_names())
-        for name in names:
+        check_environment("evaluate", self.env or next(iter(ENVIRONMENTS)))
+        scenarios = self._scenarios()
+        for name in self.policies:
             make_heuristic(name)
-        learned = [load_agent(path) for path in self.trained_agent]
-        settings = self._settings(scenario)
-        training = self._training(scenario) if self.tune else None
-        out = console()
-        out.print(_heading(scenario), highlight=False)
-        tables, tuned = self._play(names, learned, scenario, settings, training)
-        for table in tables:
-            out.print()
-            out.print(render(table))
-        out.print(_footnote(tuned, training), highlight=False, markup=False)
-        self._write(tables, scenario, tuned, training)
+        learned = [load_agent(path, self.env) for path in self.trained_agent]
+        prepared = [
+            (s, self._settings(s), self._training(s, name) if self.tune else None)
+            for s, name in zip(scenarios, self.scenario or (DEFAULT_SCENARIO,), strict=True)
+        ]
+        results = []
+        for scenario, settings, training in prepared:
+            names = self.policies or heuristic_names(decisions_of(scenario))
+            tables, tuned = self._play(names, learned, scenario, settings, training)
+            results.append(Result(scenario, tables, tuned, training))
+            _show(results[-1])
+        self._write(results)
         return 0
 
-    def _scenario(self) -> Scenario:
+    def _scenarios(self) -> list[Scenario]:
         for name in ("seeds", "num_threads"):
             if getattr(self, name) < 1:
                 raise InputError("evaluate", name, getattr(self, name), "must be at least 1")
         check_seed("evaluate", self.seed)
-        scenario = self.resolve()
-        default = self.workload is None and scenario.workload == DEFAULT_WORKLOAD
-        return replace(scenario, workload=str(RECORDED)) if default and RECORDED.is_file() else scenario
+        recorded = self.workload is None and RECORDED.is_file()
+        return [
+            replace(s, workload=str(RECORDED)) if recorded and s.workload == DEFAULT_WORKLOAD else s
+            for s in self.resolve()
+        ]
 
-    def _training(self, scenario: Scenario) -> Scenario:
+    def _training(self, scenario: Scenario, name: str) -> Scenario:
         """What heuristics are tuned on: never the windows of a trace that the comparison plays."""
         workload = scenario.workload
         if Path(workload).is_file():
-            workload = load_scenario(self.scenario).workload
+            workload = load_scenario(name).workload
         if Path(workload).is_file():
-            hint = f"scenario {self.scenario} has no generator to tune on; name one that has"
+            hint = f"scenario {name} has no generator to tune on; name one that has"
             raise InputError("evaluate", "tune", workload, hint)
         return replace(scenario, workload=workload)
 
@@ -156,24 +191,20 @@ class Command(Setup):
             row = measure(rule, training, episodes, num_threads=self.num_threads, seed=seed)
             return row.interval("goodput").mean
 
-        tunable = [name for name in names if HEURISTICS[name].search_space]
-        return {name: tune(HEURISTICS[name], goodput, seed) for name in tunable}
+        return {name: tune(name, goodput, seed) for name in names if search_space(name)}
 
-    def _write(
-        self, tables: list[Table], scenario: Scenario, tuned: Tuned, training: Scenario | None
-    ) -> None:
+    def _write(self, results: list[Result]) -> None:
         folder = Path(self.log_folder)
+        tables = [table for result in results for table in result.tables]
         write_json(
             folder / "results.json",
             {
                 "command": command_line(),
                 "revision": git_revision(),
                 "schema": schema_hash(),
-                "scenario": asdict(scenario),
-                "traces": trace_hashes(scenario.workload),
+                "scenarios": [_facts(result) for result in results],
                 "seeds": self.seeds,
                 "seed": self.seed,
-                "tuning": training and {"workload": training.workload, "parameters": tuned},
                 "tables": as_json(tables),
             },
         )
@@ -183,6 +214,24 @@ class Command(Setup):
             console().print("no plots: pip install 'servegym[plots]'")
             plots = []
         console().print("written:", *(str(p) for p in [folder / "results.json", *plots]))
+
+
+def _facts(result: Result) -> dict[str, Any]:
+    training = result.training
+    return {
+        "scenario": asdict(result.scenario),
+        "traces": trace_hashes(result.scenario.workload),
+        "tuning": training and {"workload": training.workload, "parameters": result.tuned},
+    }
+
+
+def _show(result: Result) -> None:
+    out = console()
+    out.print(_heading(result.scenario), highlight=False)
+    for table in result.tables:
+        out.print()
+        out.print(render(table))
+    out.print(_footnote(result.tuned, result.training), highlight=False, markup=False)
 
 
 def _footnote(tuned: Tuned, training: Scenario | None) -> str:
@@ -199,4 +248,4 @@ def _heading(scenario: Scenario) -> str:
     recorded = Path(scenario.workload).is_file()
     kind = "recorded trace, a disjoint window for each seed" if recorded else "embedded generator"
     slo = f"TTFT <= {scenario.slo.ttft_s:g} s, TPOT <= {scenario.slo.tpot_s * 1e3:g} ms"
-    return f"workload: {scenario.workload} ({kind}); SLO: {slo}"
+    return f"scenario {scenario.name}; workload: {scenario.workload} ({kind}); SLO: {slo}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +16,15 @@ from servegym.agents.policy import Observation, Policy
 from servegym.agents.ppo import NetworkPolicy
 from servegym.agents.ppo.checkpoint import CheckpointInfo, read_network
 from servegym.envs.cluster.episode import make_episodes
-from servegym.envs.scenario import Scenario, read_scenario
+from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.files import console, trace_hashes
 from servegym.flags import check_seed
 from servegym.models.features import ARRAYS
 from servegym.runtime.export import Origin, export_bundle
 
-LANES, REQUESTS, MOMENTS = 4, 96, (5, 45, 90)  # golden observations: idle, busy and late in short episodes
+# Golden observations: idle, busy and late in short episodes, and the first question of each kind.
+LANES, REQUESTS, MOMENTS = 4, 256, (5, 45, 90)
 
 
 @dataclass(kw_only=True)
@@ -49,11 +50,11 @@ class Command:
         make_heuristic(self.fallback)
         folder = Path(self.trained_agent)
         network, info = read_network(folder)
-        scenario = read_scenario(folder / "config.json", info.scenario or asdict(Scenario()))
-        policy = NetworkPolicy(network, folder.resolve().name)
+        scenarios = info.task.read_scenarios(folder / "config.json")
+        policy = NetworkPolicy(network, folder.resolve().name, info.task)
         target = Path(self.output) if self.output else folder.with_name(f"{policy.name}-bundle")
-        observations = golden_observations(policy, scenario, self.seed)
-        bundle = export_bundle(network, observations, target, self._origin(policy, info, scenario))
+        observations = [o for s in scenarios for o in golden_observations(policy, s, self.seed)]
+        bundle = export_bundle(network, observations, target, self._origin(policy, info, scenarios))
         decision = bundle.manifest["decision_us"]
         console().print(
             f"{target}: answers agree in torch, ONNX Runtime and numpy on {sum(map(_rows, observations))} "
@@ -62,20 +63,21 @@ class Command:
         )
         return 0
 
-    def _origin(self, policy: Policy, info: CheckpointInfo, scenario: Scenario) -> Origin:
+    def _origin(self, policy: Policy, info: CheckpointInfo, scenarios: list[Scenario]) -> Origin:
+        traces = [trace_hashes(scenario.workload) for scenario in scenarios]
         return Origin(
             policy=policy.name,
             command=info.command,
             revision=_metrics(Path(self.trained_agent)).get("revision"),
-            scenario=asdict(scenario),
+            task=info.task,
             decisions=info.steps,
             seed=info.seed,
-            traces=trace_hashes(scenario.workload),
+            traces={name: digest for found in traces for name, digest in found.items()},
             fallback=self.fallback,
         )
 
 
-def golden_observations(policy: Policy, scenario: Scenario, seed: int) -> list[dict[str, np.ndarray]]:
+def golden_observations(policy: NetworkPolicy, scenario: Scenario, seed: int) -> list[dict[str, np.ndarray]]:
     """What the policy sees on each fleet of its scenario, one batch of lanes a fleet and moment."""
     seen = []
     for cluster in scenario.clusters:
@@ -91,16 +93,19 @@ class _Recorder:
 
     needs_oracle = False
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: NetworkPolicy) -> None:
         self.name, self.seen = policy.name, list[dict[str, np.ndarray]]()
-        self._policy, self._moment = policy, 0
+        self.kinds, self.task = policy.kinds, policy.task
+        self._policy, self._moment, self._asked = policy, 0, set[int]()
 
     def reset(self, lanes: int, seed: int) -> None:
         self._policy.reset(lanes, seed)
 
     def act(self, obs: Observation) -> np.ndarray:
-        if self._moment in MOMENTS:
+        kinds = set(obs["kind"].tolist())
+        if self._moment in MOMENTS or not kinds <= self._asked:
             self.seen.append({name: np.array(obs[name]) for name in ARRAYS})
+        self._asked |= kinds
         self._moment += 1
         return self._policy.act(obs)
 

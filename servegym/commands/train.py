@@ -13,17 +13,19 @@ import tyro
 
 from servegym.agents.heuristics import make_heuristic
 from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, read_info
-from servegym.envs.cluster.episode import make_episodes
-from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.agents.task import Task
+from servegym.envs.cluster.decisions import ENVIRONMENTS, divide
+from servegym.envs.cluster.episode import fleets_of, mix_episodes
+from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.evaluation import Table, as_json
 from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say, warn
-from servegym.flags import Setup, check_seed
+from servegym.flags import Setup, check_environment, check_seed
 from servegym.models.config import NetworkConfig
 from servegym.report import render
 from servegym.runtime.export import decision_us
-from servegym.training import EvaluationCallback, card, final_tables
+from servegym.training import EVAL_SEED, EvaluationCallback, card, final_tables
 
 if TYPE_CHECKING:
     from servegym.maskable import MaskableTrainer
@@ -34,12 +36,18 @@ ALGORITHMS = ("ppo", "maskable_ppo")
 
 @dataclass(kw_only=True)
 class Command(Setup):
-    """Train a dispatch policy.
+    """Train a policy for the decisions of an environment.
 
     Writes a checkpoint folder LOG_FOLDER/ENV/NAME-sSEED with the weights, everything that a resumed run
-    needs, metrics.json and a model card that compares the policy with every heuristic.
+    needs, metrics.json and a model card that compares the policy with every heuristic on each scenario.
     """
 
+    env: str = "ServeGym/Dispatch-v0"
+    """Environment id; ServeGym/Cluster-v0 takes all decisions that the scenarios' levers allow."""
+    decisions: tuple[str, ...] = ()
+    """Of ServeGym/Cluster-v0: take only these, of dispatch, preempt, migrate and budget."""
+    rules: dict[str, str] = field(default_factory=dict)
+    """Built-in rules for kinds of questions that the policy does not take, such as `dispatch llumnix`."""
     algo: str = "ppo"
     """ppo, or sb3-contrib's maskable_ppo with the same network (constant discount, cannot be resumed)."""
     n_timesteps: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 1_000_000
@@ -89,18 +97,21 @@ class Command(Setup):
 
     def run(self) -> int:
         """Train, compare, write the card."""
-        scenario = self._checked()
-        folder = self._folder(scenario)
-        settings = self._settings(scenario)  # now: files may change while training goes on
-        agent = self._agent(scenario, folder, settings)
+        scenarios = self._checked()
+        folder = self._folder(scenarios)
+        task = self._task(scenarios)
+        settings = self._settings(task, scenarios)  # now: files may change while training goes on
+        if self.resume:
+            _check_settings(settings, folder)
+        agent = self._agent(self._environment(scenarios), task, folder)
         if self.imitate is not None and not self.resume:
             agreements = imitate(cast("PPO", agent), make_heuristic(self.imitate), self.imitate_updates)
             say(f"imitation of {self.imitate}: the same answer to {agreements[-1]:.0%} of the questions")
         callbacks = [
             CheckpointCallback(
-                folder, self.save_freq, lambda model: self._files(model, scenario, settings, [])
+                folder, self.save_freq, lambda model: self._files(model, scenarios, settings, [])
             ),
-            EvaluationCallback(scenario, self.eval_freq, self.eval_episodes, self.num_threads),
+            EvaluationCallback(scenarios, self.eval_freq, self.eval_episodes, self.num_threads),
         ]
         try:
             agent.learn(self.n_timesteps, callbacks, progress_bar=self.progress)
@@ -108,16 +119,19 @@ class Command(Setup):
             hint = "the same command with --resume goes on" if self.algo == "ppo" else "it plays"
             say(f"stopped at {agent.num_timesteps:,} decisions; saved in {folder}; {hint}")
             raise
-        tables = final_tables(
-            NetworkPolicy(agent.network, folder.name), scenario, self.eval_episodes, self.num_threads
-        )
-        agent.save(folder, self._files(agent, scenario, settings, tables), resumable=False)
+        policy = NetworkPolicy(agent.network, folder.name, task)
+        tables = final_tables(policy, scenarios, self.eval_episodes, self.num_threads)
+        agent.save(folder, self._files(agent, scenarios, settings, tables), resumable=False)
         for table in tables:
             console().print(render(table))
         say(f"checkpoint: {folder}")
         return 0
 
-    def _checked(self) -> Scenario:
+    def _checked(self) -> list[Scenario]:
+        check_environment("train", self.env)
+        if self.decisions and ENVIRONMENTS[self.env] is not None:
+            hint = f"{self.env} says which; use ServeGym/Cluster-v0 to choose"
+            raise InputError("train", "decisions", self.decisions, hint)
         if self.algo not in ALGORITHMS:
             raise InputError("train", "algo", self.algo, f"choose one of {', '.join(ALGORITHMS)}")
         for name in (
@@ -146,37 +160,48 @@ class Command(Setup):
             raise InputError("train", "eval_freq", self.eval_freq, "must be >= 0")
         return self.resolve(**({} if self.loads is None else {"loads": self.loads}))
 
-    def _folder(self, scenario: Scenario) -> Path:
+    def _folder(self, scenarios: list[Scenario]) -> Path:
         check_folder(self.log_folder)
-        folder = Path(self.log_folder) / self.env.rsplit("/", 1)[-1] / self._policy_name(scenario)
+        folder = Path(self.log_folder) / self.env.rsplit("/", 1)[-1] / self._policy_name(scenarios)
         if (folder / "config.json").is_file() and not self.resume:
             raise InputError(
                 folder, "checkpoint", folder.name, "is there already; --resume, or another --name or -f"
             )
         return folder
 
-    def _agent(self, scenario: Scenario, folder: Path, settings: dict[str, Any]) -> Agent:
-        logs = str(Path(self.tensorboard_log) / folder.name)
-        track = self.wandb_project_name if self.track else None
-        if self.resume:
-            _check_settings(settings, folder)
-        env = DispatchVectorEnv(
+    def _task(self, scenarios: list[Scenario]) -> Task:
+        fleets = [fleet for scenario in scenarios for fleet in fleets_of(scenario)]
+        where = f"scenario {', '.join(s.name for s in scenarios)}"
+        decisions, rules = divide(self.decisions or ENVIRONMENTS[self.env], self.rules, fleets, where)
+        return Task(self.env, decisions, rules, tuple(map(asdict, scenarios)))
+
+    def _environment(self, scenarios: list[Scenario]) -> ClusterVectorEnv:
+        env = ClusterVectorEnv(
             self.n_envs,
-            scenario,
-            episodes=make_episodes(scenario, self.episodes, self.seed),
+            scenarios,
+            decisions=self.decisions or ENVIRONMENTS[self.env],
+            rules=self.rules,
+            episodes=mix_episodes(scenarios, self.episodes, self.seed),
             num_threads=self.num_threads,
             copy=self.algo != "ppo",
             group_size=self.group_size if self.algo == "ppo" else 1,
         )
+        observation, _ = env.reset(seed=self.seed)
+        if not observation["mask"][:, 1:].any():
+            hint = f"none of {self.n_envs} episodes asks a question; raise the load or make memory scarce"
+            raise InputError("train", "decisions", ", ".join(env.decisions), hint)
+        return env
+
+    def _agent(self, env: ClusterVectorEnv, task: Task, folder: Path) -> Agent:
+        logs = str(Path(self.tensorboard_log) / folder.name)
+        track = self.wandb_project_name if self.track else None
         if self.resume:
             resumed = PPO.resume(folder, env, logs, track, self.device)
             say(f"resuming {folder} at {resumed.num_timesteps:,} of {self.n_timesteps:,} decisions")
             return resumed
-        config = self._config(scenario)
+        config = self._config(env.beta)
         make = PPO if self.algo == "ppo" else _maskable()
-        agent = make(
-            env, self.network, config, self.seed, logs, track, asdict(scenario), command_line(), self.device
-        )
+        agent = make(env, self.network, config, self.seed, logs, track, task, command_line(), self.device)
         if self.algo != "ppo":
             warn(f"{self.algo}: discount {agent.gamma:.6f} a decision; ppo.gae_horizon_s has no effect")
         megabytes = sum(a.nbytes for a in env.observation_space.sample().values()) * config.n_steps / 1e6
@@ -186,22 +211,23 @@ class Command(Setup):
         )
         return agent
 
-    def _config(self, scenario: Scenario) -> PPOConfig:
-        return replace(self.ppo, beta=scenario.beta, num_threads=self.num_threads)
+    def _config(self, beta: float) -> PPOConfig:
+        return replace(self.ppo, beta=beta, num_threads=self.num_threads)
 
-    def _settings(self, scenario: Scenario) -> dict[str, Any]:
+    def _settings(self, task: Task, scenarios: list[Scenario]) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
         names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates")
         settings: dict[str, Any] = {
-            "scenario": asdict(scenario),
-            "ppo": asdict(self._config(scenario)),
+            "task": asdict(task),
+            "ppo": asdict(self._config(scenarios[0].beta)),
             "network": asdict(self.network),
         }
-        settings |= {f"sha256 of {name}": digest for name, digest in input_hashes(scenario).items()}
+        hashes = [input_hashes(scenario) for scenario in scenarios]
+        settings |= {f"sha256 of {name}": digest for found in hashes for name, digest in found.items()}
         return json.loads(json.dumps(settings | {name: getattr(self, name) for name in names}))
 
     def _files(
-        self, agent: Agent, scenario: Scenario, settings: dict[str, Any], tables: list[Table]
+        self, agent: Agent, scenarios: list[Scenario], settings: dict[str, Any], tables: list[Table]
     ) -> dict[str, str]:
         """metrics.json and README.md as they stand now."""
         timed = NetworkPolicy(agent.network)
@@ -214,14 +240,21 @@ class Command(Setup):
             "instances": 16,
             "decision_us": round(decision_us(timed, agent.observation, instances=16, repeats=200), 1),
         }
-        metrics = {**facts, "settings": settings, "tables": as_json(tables, samples=False)}
+        played = {"seeds": self.eval_episodes, "seed": EVAL_SEED}
+        metrics = {
+            **facts,
+            "settings": settings,
+            "comparison": played,
+            "tables": as_json(tables, samples=False),
+        }
         return {
             "metrics.json": json.dumps(metrics, indent=1, allow_nan=False) + "\n",
-            "README.md": card(self._policy_name(scenario), facts, scenario, tables),
+            "README.md": card(self._policy_name(scenarios), facts, agent.task, scenarios, tables),
         }
 
-    def _policy_name(self, scenario: Scenario) -> str:
-        return f"{self.name or f'{self.algo}-{scenario.name}'}-s{self.seed}"
+    def _policy_name(self, scenarios: list[Scenario]) -> str:
+        about = scenarios[0].name if len(scenarios) == 1 else f"{len(scenarios)}-scenarios"
+        return f"{self.name or f'{self.algo}-{about}'}-s{self.seed}"
 
 
 def _check_settings(settings: dict[str, Any], folder: Path) -> None:

@@ -16,6 +16,8 @@ class Scripted:
     """Answers with `rule(observation)`."""
 
     name = "scripted"
+    kinds = ("dispatch",)
+    kinds = ("dispatch",)
 
     def __init__(self, rule, needs_oracle=False):
         self.rule, self.needs_oracle, self.resets = rule, needs_oracle, []
@@ -54,7 +56,7 @@ def test_oracle_only_on_request():
     assert all(o is None for o in seen)
     seen.clear()
     play(Scripted(look, needs_oracle=True), MIXED, episodes)
-    assert all(o.shape == (2, 3) for o in seen) and max(o.max() for o in seen) > 0
+    assert all(o.shape == (2, 4) for o in seen) and max(o.max() for o in seen) > 0
 
 
 def test_illegal_answers_are_refused():

@@ -19,7 +19,7 @@ from servegym.runtime.export import Origin, export_bundle, resize
 def observation(lanes: int, instances: int, seed: int = 0) -> dict[str, np.ndarray]:
     """A well-formed dispatch observation of random numbers, one illegal candidate a lane."""
     rng = np.random.default_rng(seed)
-    candidates = np.zeros((lanes, instances + 1, 2), np.int32)
+    candidates = np.zeros((lanes, instances + 1, 3), np.int32)
     candidates[:, 1:, 1] = np.arange(instances)
     mask = np.ones((lanes, instances + 1), np.int8)
     mask[:, instances] = 0
@@ -134,9 +134,21 @@ def renamed(text: str) -> str:
     return json.dumps({**json.loads(text), "policy": None})
 
 
+def aimless(text: str) -> str:
+    return json.dumps({**json.loads(text), "task": {"env": "Pong-v5"}})
+
+
+def elsewhere(text: str) -> str:
+    manifest = json.loads(text)
+    manifest["task"]["env"] = "Pong-v5"
+    return json.dumps(manifest)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (aimless, "task = .*expected decisions, env, rules, scenarios"),
+        (elsewhere, "task.env = 'Pong-v5'"),
         (lambda _: "{}", "format = None"),
         (lambda _: "[]", "JSON = 'list'"),
         (lambda text: text[:-20], "JSON = "),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from servegym.cli import COMMANDS, main
+from servegym.envs.scenario import load_scenario, scenario_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,14 +58,23 @@ def test_unknown_flags_are_refused(capsys):
 def test_listings(capsys):
     assert main(["data"]) == 0
     assert "BurstGPT" in capsys.readouterr().out
-    assert main(["scenarios"]) == 0
-    assert "mixed" in capsys.readouterr().out
     assert main(["heuristics"]) == 0
     assert "round_robin" in capsys.readouterr().out
     assert main(["profile", "list"]) == 0
     assert "h100-llama-3.1-8b" in capsys.readouterr().out
     assert main(["profile", "show", "h100-llama-3.1-8b"]) == 0
     assert "held-out shapes" in capsys.readouterr().out
+
+
+def test_scenarios_are_listed_with_what_they_are(capsys):
+    assert main(["scenarios"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in scenario_names():
+        scenario = load_scenario(name)
+        for fact in (name, scenario.description, scenario.workload, scenario.clusters[0]):
+            assert fact in shown, (name, fact)
+    assert "swap to 32 GiB" in shown and "migrate every 0.5 s" in shown and "budget every 0.2 s" in shown
+    assert "urgent: TTFT 1 s, TPOT 55 ms, weight 5" in shown and "10% urgent" in shown
 
 
 def test_data_describes_a_workload(capsys):

@@ -113,7 +113,7 @@ def test_a_recorded_trace_is_played_and_hashed(tmp_path, capsys):
     assert main(["evaluate", *size, "--workload", str(trace), "-f", str(tmp_path / "out")]) == 0
     assert "recorded trace" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(results["traces"][str(trace)]) == 64
+    assert len(results["scenarios"][0]["traces"][str(trace)]) == 64
 
 
 def test_priorities_and_weights_of_classes_act(tmp_path, capsys):
@@ -155,9 +155,9 @@ def test_only_the_default_workload_gives_way_to_its_recording(tmp_path, monkeypa
     scenario = tmp_path / "code.toml"
     scenario.write_text("workload = 'azure2023_code'")
     played = {
-        "default": Command()._scenario().workload,
-        "flag": Command(workload="azure2023_conv")._scenario().workload,
-        "other": Command(scenario=str(scenario))._scenario().workload,
+        "default": Command()._scenarios()[0].workload,
+        "flag": Command(workload="azure2023_conv")._scenarios()[0].workload,
+        "other": Command(scenario=(str(scenario),))._scenarios()[0].workload,
     }
     assert played == {
         "default": str(tmp_path / "azure2023_conv.parquet"),
@@ -176,9 +176,9 @@ def test_tuning_plays_other_episodes_and_the_comparison_what_was_tuned(tmp_path,
         drawn.append((scenario.workload, setting.load, seeds, seed))
         return episodes_of(scenario, setting, seeds, seed)
 
-    def watched(rule, score, seed):
-        score(rule())
-        tried.append(rule.name)
+    def watched(name, score, seed):
+        score(make_heuristic(name))
+        tried.append(name)
         return {"waiting_weight": 16.0}
 
     monkeypatch.setattr("servegym.commands.evaluate.episodes_of", spy)
@@ -193,7 +193,7 @@ def test_tuning_plays_other_episodes_and_the_comparison_what_was_tuned(tmp_path,
     assert "vllm_dp (waiting_weight=16.0)" in " ".join(capsys.readouterr().out.split())
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     chosen = {FLEET: {"vllm_dp": {"waiting_weight": 16.0}}}
-    assert results["tuning"] == {"workload": "azure2023_conv", "parameters": chosen}
+    assert results["scenarios"][0]["tuning"] == {"workload": "azure2023_conv", "parameters": chosen}
 
 
 def test_tuned_parameters_are_the_ones_that_are_played(tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_heuristics_say_that_they_are_untuned(tmp_path, capsys, refused):
     size = ["--cluster", FLEET, "--loads", "0.9", "--seeds", "1", "--requests", "20", "--policies", "dynamo"]
     assert main(["evaluate", *size, "--workload", "azure2023_conv", "-f", str(tmp_path)]) == 0
     assert "published parameters, untuned" in capsys.readouterr().out
-    assert json.loads((tmp_path / "results.json").read_text())["tuning"] is None
+    assert json.loads((tmp_path / "results.json").read_text())["scenarios"][0]["tuning"] is None
     trace = tmp_path / "azure.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00.0,100,10\n")
     (tmp_path / "mine.toml").write_text(f"workload = '{trace}'")
@@ -269,4 +269,5 @@ def test_every_heuristic_is_played_by_default(tmp_path, capsys):
     size = ["--cluster", FLEET, "--loads", "1.0", "--seeds", "1", "--requests", "20"]
     assert main(["evaluate", *size, "--workload", "azure2023_conv", "-f", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {r["policy"] for r in results["tables"][0]["policies"]} == set(heuristic_names())
+    played = {r["policy"] for r in results["tables"][0]["policies"]}
+    assert played == set(heuristic_names())

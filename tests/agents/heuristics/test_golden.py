@@ -89,13 +89,13 @@ def test_freeness_and_the_queue(observe, waiting, context, expected):
     )
     rules = {
         "infaas": make_heuristic("infaas"),
-        "paper": make_heuristic("llumnix", mode="paper"),
-        "artifact": make_heuristic("llumnix", mode="artifact"),
+        "paper": make_heuristic("dispatch_llumnix", mode="paper"),
+        "artifact": make_heuristic("dispatch_llumnix", mode="artifact"),
     }
     assert {name: answer(rule, obs) for name, rule in rules.items()} == expected
 
 
-@pytest.mark.parametrize("name", ["infaas", "llumnix"])
+@pytest.mark.parametrize("name", ["infaas", "dispatch_llumnix"])
 def test_idle_instance_has_infinite_freeness(observe, name):
     obs = observe(
         {

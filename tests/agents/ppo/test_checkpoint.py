@@ -10,16 +10,18 @@ import torch
 
 from servegym.agents.ppo import PPO, CheckpointCallback, PPOConfig, checkpoint, load_policy, read_info
 from servegym.agents.ppo.resume import optimizer_state, trainer_state
+from servegym.agents.task import Task
 from servegym.errors import InputError
 from servegym.models.config import NetworkConfig
 from servegym.models.numpy_policy import forward
 
+TASK = Task("ServeGym/Cluster-v0", ("dispatch", "budget"), {"preempt": "largest"}, ({"name": "chat"},))
 CONFIG = PPOConfig(n_steps=16, batch_size=64, n_epochs=2)
 TOTAL = 8 * 16 * 6
 
 
 def train(env, callback=None, total=TOTAL):
-    model = PPO(env, NetworkConfig(16, 1), CONFIG, seed=3, scenario={"name": "chat"}, command="train")
+    model = PPO(env, NetworkConfig(16, 1), CONFIG, seed=3, task=TASK, command="train")
     return model.learn(total, callback)
 
 
@@ -66,7 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_env, tmp_path, stop_at):
 def test_checkpoint_says_what_it_is(trained):
     info = read_info(trained[1])
     assert (info.network, info.ppo, info.seed, info.steps) == (NetworkConfig(16, 1), CONFIG, 3, TOTAL)
-    assert (info.scenario, info.command) == ({"name": "chat"}, "train")
+    assert (info.task, info.command) == (TASK, "train")
     assert (
         info.versions["torch"] == torch.__version__.split("+")[0]
         or info.versions["torch"] == torch.__version__
@@ -137,7 +139,10 @@ def edit(folder, **changes):
         ("network", {"hidden": "wide", "layers": 1}),
         ("network", {"hidden": 32, "layers": 1}),
         ("ppo", {"n_steps": 4}),
-        ("scenario", "chat"),
+        ("task", "chat"),
+        ("task", {"env": "ServeGym/Dispatch-v0"}),
+        ("task", {"env": "Pong-v5", "decisions": ["dispatch"], "rules": {}, "scenarios": []}),
+        ("task", {"env": "ServeGym/Dispatch-v0", "decisions": ["steer"], "rules": {}, "scenarios": []}),
         ("surplus", 1),
     ],
 )

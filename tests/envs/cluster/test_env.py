@@ -10,7 +10,8 @@ from gymnasium.utils.env_checker import check_env
 
 import servegym.envs
 from servegym.envs.cluster import schema
-from servegym.envs.cluster.env import DispatchEnv
+from servegym.envs.cluster.decisions import ENVIRONMENTS
+from servegym.envs.cluster.env import BudgetEnv, ClusterEnv, DispatchEnv, MigrateEnv, PreemptEnv
 from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.vector import DispatchVectorEnv
 from servegym.envs.scenario import Scenario
@@ -45,18 +46,19 @@ def test_check_env_without_a_warning(episodes):
 def test_the_observation_table_is_the_schema():
     sizes = {
         "instances": f"(I, {len(schema.INSTANCE)})",
-        "requests": f"(1, {len(schema.REQUEST)})",
-        "edges": f"(I + 1, {len(schema.EDGE)})",
+        "requests": f"(R, {len(schema.REQUEST)})",
+        "edges": f"(C, {len(schema.EDGE)})",
         "globals": f"({len(schema.GLOBAL)},)",
         "history": f"({schema.HISTORY},)",
     }
     for name, shape in sizes.items():
-        assert f"| `{name}` | {shape} | float32 |" in (DispatchEnv.__doc__ or "")
+        assert f"| `{name}` | {shape} | float32 |" in (ClusterEnv.__doc__ or "")
 
 
-def test_registered_on_import():
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_registered_on_import(name):
     assert servegym.envs.__name__ == "servegym.envs"
-    spec = gym.spec("ServeGym/Dispatch-v0")
+    spec = gym.spec(name)
     assert spec.entry_point and spec.vector_entry_point
 
 
@@ -65,23 +67,25 @@ def test_docstring_has_gymnasiums_sections():
         "Description", "Action Space", "Observation Space", "Rewards", "Starting State", "Episode End",
         "Arguments", "Vectorized environment", "Version History",
     ]  # fmt: skip
-    headings = [
-        line.strip()[3:] for line in DispatchEnv.__doc__.splitlines() if line.strip().startswith("## ")
-    ]
-    assert headings == wanted
-    env = DispatchEnv(SMALL, episodes=make_episodes(SMALL, 1, 0), oracle=True)
+    assert headings(ClusterEnv) == wanted
+    for special in (DispatchEnv, PreemptEnv, MigrateEnv, BudgetEnv):
+        assert headings(special) == ["Description", "Action Space", "Arguments", "Version History"]
+        assert "`ClusterEnv`" in special.__doc__
+    env = ClusterEnv(SMALL, episodes=make_episodes(SMALL, 1, 0), oracle=True)
     for name, space in env.observation_space.spaces.items():
-        row = next(
-            line for line in DispatchEnv.__doc__.splitlines() if line.strip().startswith(f"| `{name}`")
-        )
+        row = next(line for line in ClusterEnv.__doc__.splitlines() if line.strip().startswith(f"| `{name}`"))
         assert str(space.dtype) in row
+
+
+def headings(env):
+    return [line.strip()[3:] for line in env.__doc__.splitlines() if line.strip().startswith("## ")]
 
 
 def test_default_scenario():
     env = gym.make("ServeGym/Dispatch-v0")
     obs, _ = env.reset(seed=0)
     assert env.observation_space.contains(obs)
-    assert env.unwrapped.beta == env.unwrapped.scenario.beta > 0
+    assert env.unwrapped.beta == env.unwrapped.scenarios[0].beta > 0
 
 
 def test_masked_samples_are_legal(episodes):
@@ -128,12 +132,13 @@ def test_default_answer_is_least_request(episodes):
 
 def test_renders_text(episodes):
     env = DispatchEnv(SMALL, episodes=episodes, render_mode="ansi")
+    assert env.render() is None
     obs, _ = env.reset(seed=0)
     text = env.render()
-    assert f"{obs['requests'][0, 0]:.0f} prompt tokens" in text and text.count("instance ") == 3
+    assert f"{obs['requests'][0, 0]:.0f} prompt tokens" in text and text.count("\ninstance ") == 3
+    env.step(2)
+    assert "last answer: request 0 to instance 1\n" in env.render()
     assert DispatchEnv(SMALL, episodes=episodes).render() is None
-    with pytest.raises(InputError, match="choose None or ansi"):
-        DispatchEnv(SMALL, episodes=episodes, render_mode="human")
 
 
 def test_observations_are_the_callers(episodes):

@@ -14,6 +14,8 @@ from servegym.envs.scenario import Scenario, Slo
 from servegym.envs.workloads.workload import make_workload
 
 FRESH = Scenario(clusters=("1xtoy",), scrape_s=0.0, slo=Slo(ttft_s=2.0, tpot_s=0.1, weight=3.0))
+# available, prefill budget, urgent, host usage, engaged: of an instance without urgent requests
+PLAIN = [1, 8, 0, 0, 0]
 # capacity, budget, max_seqs, prefill speed of a full chunk of 8 tokens, decode speed of 4 requests
 SLOW, FAST = [40, 8, 4, 8 / 0.018, 4 / 0.014], [40, 8, 4, 8 / 0.014, 4 / 0.012]
 
@@ -29,12 +31,21 @@ COLUMNS = (
         "CONTEXT_TOKENS": "inflight_context_tokens", "PREDICTED_TOKENS": "inflight_predicted_tokens",
         "KV_CAPACITY": "kv_capacity_tokens", "TOKEN_BUDGET": "token_budget", "MAX_SEQS": "max_seqs",
         "PREFILL_SPEED": "prefill_tokens_per_s", "DECODE_SPEED": "decode_tokens_per_s",
-        "DECODE_STEP": "decode_step_s", "AVAILABLE": "available",
+        "DECODE_STEP": "decode_step_s", "AVAILABLE": "available", "PREFILL_BUDGET": "prefill_budget",
+        "URGENT": "urgent_inflight", "HOST_USAGE": "host_usage", "ENGAGED": "engaged",
+    }),
+    (schema.REQUEST, {
+        "PROMPT": "prompt_tokens", "PREDICTED": "predicted_output_tokens", "PRIORITY": "priority",
+        "SLO_TTFT": "slo_ttft_s", "SLO_TPOT": "slo_tpot_s", "WEIGHT": "weight", "WAITED": "waited_s",
+        "TURN": "turn", "STREAMED": "streamed_tokens", "LEFT": "predicted_left_tokens",
+        "KV_TOKENS": "kv_tokens", "RUNS": "running", "PREEMPTED": "preemptions",
+        "SOURCE_USAGE": "source_kv_usage", "SOURCE_STEP": "source_step_s", "SOURCE_QUEUE": "source_queue_s",
     }),
     (schema.EDGE, {
         "IS_DEFAULT": "is_default", "PREFIX_HIT": "prefix_hit_tokens", "QUEUE": "queue_s",
         "PREFILL": "prefill_s", "STEP_AFTER": "step_after_s", "KV_AFTER": "kv_after",
-        "SESSION_LAST": "session_last",
+        "SESSION_LAST": "session_last", "SWAP": "swap", "COPY": "copy_s", "PREFILL_CAP": "prefill_cap",
+        "ITERATION": "iteration_s",
     }),
     (schema.GLOBAL, {
         "INSTANCES": "instances", "ARRIVAL_RATE": "arrival_rate", "ARRIVAL_TOKENS": "arrival_prompt_tokens",
@@ -53,13 +64,13 @@ def test_columns_are_those_of_the_schema(features, columns):
 def test_golden_walk(toy_episode):
     env = DispatchEnv(FRESH, episodes=[toy_episode])
     obs, info = env.reset(seed=0)
-    assert info == {}
+    assert info == {"now_s": pytest.approx(1.0)}
 
     # t = 1: both idle; the default is instance 0 by index.
-    same(obs["instances"], [[0] * 9 + [*SLOW, 0, 1], [0] * 9 + [*FAST, 0, 1]])
-    same(obs["requests"], [[6, 2, 0, 2.0, 0.1, 3.0, 0, 0]])
-    same(obs["candidates"], [[0, 0], [0, 0], [0, 1]])
-    slow, fast = [0, 0, 0.016, 0.011, 0.2, 0], [0, 0, 0.013, 0.0105, 0.2, 0]
+    same(obs["instances"], [[0] * 9 + [*SLOW, 0, *PLAIN], [0] * 9 + [*FAST, 0, *PLAIN]])
+    same(obs["requests"], [[6, 2, 0, 2.0, 0.1, 3.0, 0, 0, 0, 2] + [0] * 6])
+    same(obs["candidates"], [[0, 0, -1], [0, 0, -1], [0, 1, -1]])
+    slow, fast = [0, 0, 0.016, 0.011, 0.2] + [0] * 5, [0, 0, 0.013, 0.0105, 0.2] + [0] * 5
     same(obs["edges"], [[1, *slow], [0, *slow], [0, *fast]])
     same(obs["globals"], [2, 0.1, 0.6, 1.0, 0])
     same(obs["history"], [0] * 15 + [1])
@@ -70,13 +81,13 @@ def test_golden_walk(toy_episode):
     # t = 1.02: instance 0 has streamed its first token at 1.016 and decodes until 1.038.
     obs, reward, terminated, truncated, info = env.step(1)
     assert (reward, terminated, truncated) == (pytest.approx(-3 * 0.02), False, False)
-    assert info == {"elapsed_s": pytest.approx(0.02)}
+    assert info == {"elapsed_s": pytest.approx(0.02), "now_s": pytest.approx(1.02)}
     busy = [1, 0, 0.2, 0, 0, 1, 0, 7, 1]
-    same(obs["instances"], [[*busy, *SLOW, 0.011, 1], [0] * 9 + [*FAST, 0, 1]])
-    same(obs["requests"], [[10, 5, -2, 2.0, 0.1, 3.0, 0, 0]])
-    same(obs["candidates"], [[0, 1], [0, 0], [0, 1]])
+    same(obs["instances"], [[*busy, *SLOW, 0.011, 1, 8, 1, 0, 0], [0] * 9 + [*FAST, 0, *PLAIN]])
+    same(obs["requests"], [[10, 5, -2, 2.0, 0.1, 3.0, 0, 0, 0, 5] + [0] * 6])
+    same(obs["candidates"], [[0, 1, -1], [0, 0, -1], [0, 1, -1]])
     # The prompt takes two chunks, of 8 and of 2 tokens.
-    slow, fast = [0, 0, 0.030, 0.012, 23 / 40, 0], [0, 0, 0.025, 0.0105, 15 / 40, 0]
+    slow, fast = [0, 0, 0.030, 0.012, 23 / 40] + [0] * 5, [0, 0, 0.025, 0.0105, 15 / 40] + [0] * 5
     same(obs["edges"], [[1, *fast], [0, *slow], [0, *fast]])
     faded = np.exp(-0.002)
     same(obs["globals"], [2, 0.1 * faded + 0.1, 0.6 * faded + 1.0, 0.02, 1])
@@ -85,10 +96,10 @@ def test_golden_walk(toy_episode):
     # t = 2.5: r0 finished at 1.038, r1, on instance 1 by default, at 1.0765; r2 is r0's next turn.
     obs, reward, terminated, truncated, info = env.step(0)
     assert reward == pytest.approx(-3 * (0.018 + 0.0565))
-    assert info == {"elapsed_s": pytest.approx(1.48)}
-    same(obs["instances"], [[0] * 9 + [*SLOW, 0, 1], [0] * 9 + [*FAST, 0, 1]])
-    same(obs["requests"], [[4, 1, 1, 2.0, 0.1, 3.0, 0, 1]])
-    slow, fast = [0, 0, 0.014, 0.011, 5 / 40, 1], [0, 0, 0.012, 0.0105, 5 / 40, 0]
+    assert info == {"elapsed_s": pytest.approx(1.48), "now_s": pytest.approx(2.5)}
+    same(obs["instances"], [[0] * 9 + [*SLOW, 0, *PLAIN], [0] * 9 + [*FAST, 0, *PLAIN]])
+    same(obs["requests"], [[4, 1, 1, 2.0, 0.1, 3.0, 0, 1, 0, 1] + [0] * 6])
+    slow, fast = [0, 0, 0.014, 0.011, 5 / 40, 1] + [0] * 4, [0, 0, 0.012, 0.0105, 5 / 40] + [0] * 5
     same(obs["edges"], [[1, *slow], [0, *slow], [0, *fast]])
     rate, tokens = (0.1 * faded + 0.1) * np.exp(-0.148), (0.6 * faded + 1.0) * np.exp(-0.148)
     same(obs["globals"], [2, rate + 0.1, tokens + 0.4, 1.48, 0])
@@ -97,7 +108,7 @@ def test_golden_walk(toy_episode):
     # The end, at 2.512: nothing to decide.
     obs, reward, terminated, truncated, info = env.step(2)
     assert (reward, terminated, truncated) == (pytest.approx(-3 * 0.012), True, False)
-    same(obs["instances"], [[0] * 9 + [*SLOW, 0, 1], [0] * 9 + [*FAST, 0, 1]])
+    same(obs["instances"], [[0] * 9 + [*SLOW, 0, *PLAIN], [0] * 9 + [*FAST, 0, *PLAIN]])
     for name in ("requests", "edges"):
         assert (obs[name] == 0).all()
     assert obs["mask"].tolist() == [1, 0, 0]
@@ -127,7 +138,7 @@ def test_a_request_that_fits_only_one_instance(toy_instance):
     env = DispatchEnv(FRESH, episodes=[Episode(workload, fleet, np.array([8], np.int32))])
     obs, _ = env.reset(seed=0)
     assert obs["mask"].tolist() == [1, 0, 1]
-    assert obs["candidates"][0].tolist() == [0, 1]
+    assert obs["candidates"][0].tolist() == [0, 1, -1]
     assert env.action_masks().tolist() == [True, False, True]
 
 
@@ -236,9 +247,10 @@ def test_oracle_is_the_work_left(toy_instance):
         1, FRESH, episodes=[Episode(workload, cluster, np.array([2, 5, 1], np.int32))], oracle=True
     )
     obs, _ = env.reset(seed=0)
-    same(obs["oracle"], [[0, 0]])
+    same(obs["oracle"], [[0, 0, 0]])
     obs, *_ = env.step(np.array([1]))
-    same(obs["oracle"], [[2 * 0.014 / 4, 0]])
+    same(obs["oracle"], [[0, 2 * 0.014 / 4, 0]])
     obs, *_ = env.step(np.array([2]))
     # r1's first chunk of 8 is under way on the fast one: 2 prompt tokens to start, 4 tokens to come.
-    same(obs["oracle"], [[2 * 0.014 / 4, 2 * 0.014 / 8 + 4 * 0.012 / 4]])
+    # Both have one request in flight, so the default is the first.
+    same(obs["oracle"], [[2 * 0.014 / 4, 2 * 0.014 / 4, 2 * 0.014 / 8 + 4 * 0.012 / 4]])

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from servegym.envs.workloads import GENERATORS, catalogue, generate, resolve
@@ -6,7 +8,7 @@ from servegym.errors import InputError
 
 def test_every_generator_and_its_source_are_listed():
     rows = catalogue()
-    listed = {row.name.split(":")[0] for row in rows if row.kind == "generator"}
+    listed = {re.split(r"\[?:", row.name)[0] for row in rows if row.kind == "generator"}
     assert listed == set(GENERATORS)
     assert all(row.about and row.source and row.license and row.get for row in rows)
     assert all(row.source.startswith("https://") for row in rows if row.kind == "trace")

@@ -12,6 +12,7 @@ from servegym.errors import InputError
 
 FITTED = ("azure2023_conv", "azure2023_code", "servegen_general", "servegen_reason", "arxiv_summarization")
 SPECS = [*(name for name, g in GENERATORS.items() if not g.form), "llumnix:128-1024:cv2.5", "fixed:64-8"]
+SPECS += ["weka_agentic", "weka_agentic:60000", "flood:azure2023_conv+arxiv_summarization:x4"]
 
 
 @pytest.mark.parametrize("name", [*FITTED, "mooncake_conversation"])
@@ -75,6 +76,35 @@ def test_agents_have_the_published_sessions():
     for row in shrunk:
         now, last = (w.prefix_ids[w.prefix_offsets[r] : w.prefix_offsets[r + 1]] for r in (row, w.after[row]))
         assert not np.intersect1d(now[25:], last).size  # compaction keeps the system prompt at most
+
+
+def test_agents_of_a_smaller_context_window():
+    whole, small = (generate(name, 4_000, seed=2) for name in ("weka_agentic", "weka_agentic:60000"))
+    assert small.prompt_tokens.max() == 60_000 < np.median(whole.prompt_tokens)
+    assert small.output_tokens.mean() == pytest.approx(whole.output_tokens.mean(), rel=0.1)
+    shrunk = [((w.after >= 0) & (w.prompt_tokens < w.prompt_tokens[w.after])).sum() for w in (whole, small)]
+    assert shrunk[1] > 2 * shrunk[0]
+
+
+@pytest.mark.parametrize("rate", [2.0, 50.0])
+def test_a_flood_is_one_tenant_for_a_fifth_of_the_time(rate):
+    spec = "flood:azure2023_conv+arxiv_summarization:x4"
+    runs = [generate(spec, 4_000, seed=seed, rate_rps=rate) for seed in range(4)]
+    for w in runs:
+        flood = w.class_id == w.class_names.index("flood")
+        assert w.class_names == (fit("azure2023_conv")["class"], "flood")
+        assert set(w.tenant[flood]) == {0} and set(w.tenant[~flood]) == set(range(1, 17))
+        at = w.arrived_at_s[flood] / w.arrived_at_s[~flood][-1]
+        assert at[0] >= 0.2 and at[-1] <= 0.7
+        assert at[-1] - at[0] == pytest.approx(0.2, abs=0.005)
+        # 4 times the mean steady rate for 0.2 of the time: 0.8 requests for each steady one
+        assert flood.sum() == pytest.approx(0.8 * (~flood).sum(), rel=0.001)
+        papers, chats = w.prompt_tokens[flood], w.prompt_tokens[~flood]
+        assert np.median(papers) > 2 * np.median(chats)
+    assert np.mean([w.rate_rps for w in runs]) == pytest.approx(rate, rel=0.4)  # slow swings of the fit
+    assert len({w.arrived_at_s[w.class_id == 1][0] / w.arrived_at_s[-1] for w in runs}) == len(runs)
+    first = np.bincount(runs[0].tenant)[1:]
+    assert first[0] > 1.5 * first[1] > first[-1]
 
 
 def test_chats_have_the_published_turns():
@@ -165,6 +195,11 @@ def test_numpy_numbers_are_numbers():
         ({"name": "azure2023_conv:2"}, "name"),
         ({"name": "llumnix:1-2"}, "name"),
         ({"name": "llumnix:128-128:cv0"}, "name"),
+        ({"name": "weka_agentic:0"}, "name"),
+        ({"name": "weka_agentic:many"}, "name"),
+        ({"name": "flood:azure2023_conv"}, "name"),
+        ({"name": "flood:azure2023_conv+weka_agentic:x4"}, "name"),
+        ({"name": "flood:azure2023_conv+arxiv_summarization:x0"}, "name"),
         ({"name": "fixed:0-1"}, "name"),
         ({"name": "fixed:9999999-1"}, "prompt_tokens, row 0"),
         ({"requests": 0}, "requests"),

@@ -10,6 +10,7 @@ from servegym.envs.workloads import (
     make_workload,
     open_loop,
     predicted_output_tokens,
+    prioritise,
     scale_rate,
     slice_rows,
     window,
@@ -115,3 +116,12 @@ def test_predictions():
     for sigma in (-0.1, float("nan")):
         with pytest.raises(InputError, match="sigma"):
             predicted_output_tokens(w, sigma)
+
+
+def test_a_class_gives_its_requests_their_priority():
+    mixed = assign(SESSIONS, classes={"a": 0.5, "b": 0.5}, priorities={3: 1.0}, seed=1)
+    w = prioritise(mixed, {"b": -1})
+    assert set(w.priority[w.class_id == 1]) == {-1}
+    assert set(w.priority[w.class_id == 0]) == {3}
+    with pytest.raises(InputError, match="class_priority = 'c': the workload's classes are a, b"):
+        prioritise(mixed, {"c": 0})
