@@ -210,25 +210,19 @@ def _furthest_behind(world, first, last):
 @kernel
 def _play_groups(lanes, net, store, steps, tally, seed, scratch, first, last):
     """Play the groups of lanes first..last-1."""
-    size = lanes.rules.group_size
+    size, world, out = lanes.rules.group_size, lanes.world, lanes.out
     for start in range(first * size, last * size, size):
         for k in range(steps.actions.shape[0] * size):
             t, b = k // size, start + k % size
-            l = _furthest_behind(lanes.world, start, start + size)
-            _decide(lanes, net, store, steps, tally, seed, scratch, t, b, l)
+            l = _furthest_behind(world, start, start + size)
+            lane = world.lane[l]
+            _keep(lanes.frame, l, store, t, b)
+            steps.lane[t, b], steps.plays[t, b], steps.now_s[t, b] = l, lane.plays, lane.now / PS
+            count, value = inlane.forward(net, scratch, lanes.frame, l)
+            bits = mix(mix(mix(seed, _DRAWS), l), tally.decisions[l])
+            action, log_prob = draw(scratch.logits, scratch.legal, count, bits)
+            steps.actions[t, b], steps.log_probs[t, b], steps.values[t, b] = action, log_prob, value
+            step_lane(world, lanes.frame, lanes.final, lanes.finished, out, lanes.rules, action, l)
+            _record(lanes, net, scratch, steps, tally, t, b, l)
         for l in range(start, start + size):
             tally.last_values[l] = _value(lanes.frame, net, scratch, l)
-
-
-@inlined
-def _decide(lanes, net, store, steps, tally, seed, scratch, t, b, l):
-    """One decision of lane l, kept in place (t, b)."""
-    lane = lanes.world.lane[l]
-    _keep(lanes.frame, l, store, t, b)
-    steps.lane[t, b], steps.plays[t, b], steps.now_s[t, b] = l, lane.plays, lane.now / PS
-    count, value = inlane.forward(net, scratch, lanes.frame, l)
-    bits = mix(mix(mix(seed, _DRAWS), l), tally.decisions[l])
-    action, log_prob = draw(scratch.logits, scratch.legal, count, bits)
-    steps.actions[t, b], steps.log_probs[t, b], steps.values[t, b] = action, log_prob, value
-    step_lane(lanes.world, lanes.frame, lanes.final, lanes.finished, lanes.out, lanes.rules, action, l)
-    _record(lanes, net, scratch, steps, tally, t, b, l)
