@@ -142,10 +142,11 @@ class Command(Setup):
             for value in getattr(self, name):
                 if not 0 < value < float("inf"):
                     raise InputError("evaluate", name, value, "must be finite and > 0")
+        loads = self.loads or three_loads(scenario)
         return [
             Setting(cluster, load)
             for cluster in scenario.clusters
-            for load in ([load_of(scenario, cluster, rate) for rate in self.rates] or self.loads or three_loads(scenario))
+            for load in ([load_of(scenario, cluster, rate) for rate in self.rates] or loads)
         ]
 
     def _play(
