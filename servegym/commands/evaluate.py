@@ -145,7 +145,11 @@ class Command(Setup):
         return [
             Setting(cluster, load)
             for cluster in scenario.clusters
-            for load in ([load_of(scenario, cluster, rate) for rate in self.rates] or self.loads or three_loads(scenario))
+            for load in (
+                [load_of(scenario, cluster, rate) for rate in self.rates]
+                or self.loads
+                or three_loads(scenario)
+            )
         ]
 
     def _play(
