@@ -37,8 +37,8 @@ ROW = _record(
     priority="i8", turn="i8", klass="i8", slo_ttft="f8", slo_tpot="f8", weight="f8",
 )  # fmt: skip
 # A workload (its rows, its prefix block) on a fleet: what a lane plays from reset to end. Periods of scrape
-# (0: afresh at every decision), migration and budget (0: never); `least_urgent` is the largest priority in the
-# workload; slowdown is in parts per million.
+# (0: afresh at every decision), migration and budget (0: never); `least_urgent` is the largest priority in
+# the workload; slowdown is in parts per million.
 EPISODE = _record(
     first_row="i8", rows="i8", fleet="i8", prefix_tokens="i8", longest_output="i8", least_urgent="i8",
     scrape_period="i8", scrape_noise="f8", migrate_period="i8", last_blocks="i8", stages="i8", slowdown="i8",
