@@ -15,9 +15,9 @@ export OMP_NUM_THREADS ?= 1
 
 train: $(INSTALLED)
 	rm -rf $(RUN)
-	$(PY) train.py --scenario mixed -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard
-	$(PY) export.py -i $(RUN)/Dispatch-v0/ppo-mixed-s0 -o $(RUN)/bundle
-	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.9 -f $(RUN)/evaluation
+	$(PY) train.py --env ServeGym/Cluster-v0 --scenario mixed -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard
+	$(PY) export.py -i $(RUN)/Cluster-v0/ppo-mixed-s0 -o $(RUN)/bundle
+	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.8 -f $(RUN)/evaluation
 
 test: $(INSTALLED)
 	$(PY) -m pytest -q -m "not slow"

@@ -26,8 +26,7 @@ def room(setting):
 
 @kernel
 def fits(world, l, i, r):
-    """Whether instance i may get request r: it does not drain, and it can hold the prompt and the longest output
-    of the workload.
+    """Whether instance i may get request r: it does not drain, and holds the prompt and the longest output.
 
     A router does not know how long the output will be. The largest instance may get every request.
     """

@@ -73,8 +73,10 @@ def freeness(world, l, i):
 
 @kernel
 def default_mover(world, l, i):
-    """The request that leaves instance i unless somebody says otherwise: the least urgent that decodes, of these
-    the last admitted; where nothing decodes the tail of the waiting list; NONE on an empty instance.
+    """The request that leaves instance i unless somebody says otherwise.
+
+    The least urgent that decodes, of these the last admitted; where nothing decodes the tail of the waiting
+    list; NONE on an empty instance.
     """
     inst = world.instance[l, i]
     first_row = world.lane[l].first_row

@@ -26,7 +26,7 @@ class InstanceSpec:
         reserve_prompt: admit a request only when its whole prompt fits, not just its first chunk
             (vLLM: scheduler_reserve_full_isl).
         async_scheduling: choose each iteration while the one before it runs (vLLM: async_scheduling).
-        preemption: what becomes of a victim by default: `recompute`, or `swap` to host memory while there is any.
+        preemption: what becomes of a victim by default: `recompute`, or `swap` to host memory.
         swap_gib: host memory for swapped KV, GiB; 0 leaves recompute only (vLLM 0.x: swap_space).
         swap_group: KV blocks that a copy between device and host carries: 1 as vLLM 0.x, more as FastSwitch
             (arXiv 2411.18424).
@@ -56,7 +56,7 @@ class Migration:
         period_s: time between two occasions to migrate, seconds.
         last_blocks: when so few blocks are left to copy, the request stops and they go in one last copy.
         stages: live copies after which a migration is given up.
-        slowdown: fraction by which iterations take longer beside a copy (figure 10 of Llumnix: 0.010 to 0.032).
+        slowdown: fraction by which iterations take longer beside a copy (Llumnix, figure 10: 0.010 to 0.032).
     """
 
     period_s: float = 0.5

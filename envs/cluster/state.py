@@ -36,9 +36,9 @@ ROW = _record(
     prompt="i8", output="i8", predicted="i8", prefix="i8", prefixes="i8",
     priority="i8", turn="i8", klass="i8", slo_ttft="f8", slo_tpot="f8", weight="f8",
 )  # fmt: skip
-# A workload (its rows, its prefix block) on a fleet: what a lane plays from reset to end. Times of the router:
-# scrape (0: afresh at every decision), migration and budget (0: never); `least_urgent` is the workload's largest
-# priority; slowdown is in parts per million.
+# A workload (its rows, its prefix block) on a fleet: what a lane plays from reset to end. Periods of scrape
+# (0: afresh at every decision), migration and budget (0: never); `least_urgent` is the largest priority in
+# the workload; slowdown is in parts per million.
 EPISODE = _record(
     first_row="i8", rows="i8", fleet="i8", prefix_tokens="i8", longest_output="i8", least_urgent="i8",
     scrape_period="i8", scrape_noise="f8", migrate_period="i8", last_blocks="i8", stages="i8", slowdown="i8",
@@ -61,9 +61,9 @@ LANE = _record(
     decided_at="i8", accrued_at="i8", live_weight="f8", cost="f8", gain="f8", decisions="i8",
     history_second="i8", last_arrival="i8", arrival_rate="f8", prompt_rate="f8", admissions="i8",
     # Questions: which kinds are raised (a bit each), the open one, the instance that asks or whose request
-    # moves, its destination, and whether swap or the victim's number was the default.
-    raises="i8", question="i8", asker="i8", target="i8", default_swap="i8",
-    # Migrations in flight; next ticks; instance up to which this budget tick has asked; pairs taken this tick.
+    # moves, and its destination.
+    raises="i8", question="i8", asker="i8", target="i8",
+    # Migrations in flight; next ticks; the instance that a budget tick asks next; pairs taken at this tick.
     moving="i8", next_migrate="i8", next_budget="i8", budget_turn="i8", pairs="i8",
 )  # fmt: skip
 # What every decision reads of every instance comes first, in neighbouring cache lines.
@@ -85,8 +85,8 @@ INSTANCE = _record(
     # decode steps in flight whose blocks are taken; migration away and to here (request and source, or NONE),
     # the request that has come and joins the batch next.
     cap="i8", preempted="i8", copying="i8", booked_steps="i8", out="i8", inbound="i8", joiner="i8",
-    # Where a question interrupts the scheduler: which of its two calls, what it may see, the finished requests
-    # that still hold memory.
+    # Where a question interrupts the scheduler: which of its two calls, what it may see, the finished
+    # requests that still hold memory.
     phase="i8", seen="i8", leaving="i8", leaving_count="i8",
     # The one prompt that is partly computed.
     part="i8", part_done="i8", part_goal="i8",
@@ -94,8 +94,8 @@ INSTANCE = _record(
     head="i8", tail="i8", waiting="i8",
     # Prefix cache: blocks of KV a prefix block takes (0: off), idle ones in order of last use.
     unit_blocks="i8", unit_tokens="i8", units="i8", idle_units="i8", oldest="i8", newest="i8", spare="i8",
-    # Requests in flight above the least urgent priority; free blocks of host memory; end of the last copy on the
-    # link to host and network.
+    # Requests in flight above the least urgent priority; free blocks of host memory; end of the last copy on
+    # the link to host and network.
     urgent="i8", host_free="i8", link_until="i8",
     # Migration away: where to, how far, tokens copied, blocks reserved there, end of the copy; of the request
     # that joins: its KV tokens and blocks; time of the last pair.
