@@ -22,8 +22,8 @@ from servegym.agents.ppo import PPO, PPOConfig
 from servegym.agents.ppo.ppo import PHASES
 from servegym.envs.cluster.episode import Episode, make_episodes
 from servegym.envs.cluster.sb3 import ServeGymVecEnv
-from servegym.envs.cluster.vector import DispatchVectorEnv
-from servegym.envs.scenario import Scenario
+from servegym.envs.cluster.vector import ClusterVectorEnv
+from servegym.envs.scenario import Migration, Scenario
 from servegym.models.config import NetworkConfig
 from servegym.models.sb3 import GraphMaskablePolicy
 
@@ -38,6 +38,9 @@ SCENARIO = Scenario(
     clusters=(f"{INSTANCES}xa100-llama-3.1-8b",),
     loads=(0.5, 1.0),
     requests=512,
+    engine={"swap_gib": 32},
+    migration=Migration(),
+    budget_period_s=0.5,
 )
 
 
@@ -55,7 +58,7 @@ class TimedPPO(PPO):
 
 def our_rates(episodes: list[Episode], config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Decisions per second of each roll-out and update, and the shares of the phases."""
-    env = DispatchVectorEnv(LANES, SCENARIO, episodes=episodes, num_threads=2, copy=False, group_size=GROUP)
+    env = ClusterVectorEnv(LANES, SCENARIO, episodes=episodes, num_threads=2, copy=False, group_size=GROUP)
     model = TimedPPO(env, NetworkConfig(), config)
     decisions = LANES * config.n_steps
     model.learn(decisions)  # compiles
@@ -71,7 +74,7 @@ def our_rates(episodes: list[Episode], config: PPOConfig) -> tuple[dict[str, flo
 
 def maskable_rate(episodes: list[Episode], config: PPOConfig) -> float:
     """Decisions per second of MaskablePPO on shorter roll-outs of as many lanes."""
-    env = ServeGymVecEnv(DispatchVectorEnv(LANES, SCENARIO, episodes=episodes, num_threads=2))
+    env = ServeGymVecEnv(ClusterVectorEnv(LANES, SCENARIO, episodes=episodes, num_threads=2))
     model = MaskablePPO(
         GraphMaskablePolicy,
         env,
@@ -99,7 +102,7 @@ def main() -> None:
     detail = {
         "decisions_per_s": {"PPO": rates, "MaskablePPO (sb3-contrib)": maskable},
         "share": shares,
-        "environment": "Dispatch-v0",
+        "environment": "Cluster-v0, all kinds of questions",
         "config": asdict(config),
         "lanes": LANES,
         "workload": "azure2023_conv at 0.5 to 1.0 of saturation, 512 requests an episode",

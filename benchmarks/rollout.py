@@ -19,8 +19,9 @@ from report import report, spread
 
 from servegym.agents.ppo.rollout import Collector, make_steps, make_tally
 from servegym.envs.cluster.episode import make_episodes
-from servegym.envs.cluster.vector import DispatchVectorEnv
-from servegym.envs.scenario import Scenario
+from servegym.envs.cluster.schema import KINDS
+from servegym.envs.cluster.vector import ClusterVectorEnv
+from servegym.envs.scenario import Migration, Scenario
 from servegym.models import numpy_policy
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
@@ -34,15 +35,18 @@ REPEATS = 7
 EPISODES = 32
 
 
-def make(threads: int) -> DispatchVectorEnv:
+def make(threads: int) -> ClusterVectorEnv:
     scenario = Scenario(
         workload="azure2023_conv",
         clusters=(f"{INSTANCES}xa100-llama-3.1-8b",),
         loads=(0.5, 1.0),
         requests=512,
+        engine={"swap_gib": 32},
+        migration=Migration(),
+        budget_period_s=0.5,
     )
     episodes = make_episodes(scenario, EPISODES, seed=0)
-    return DispatchVectorEnv(
+    return ClusterVectorEnv(
         LANES, scenario, episodes=episodes, num_threads=threads, copy=False, group_size=GROUP
     )
 
@@ -61,8 +65,8 @@ def timed(play: Callable[[], int], repeats: int = REPEATS) -> dict[str, float]:
     return spread(measured[1:]) | {"per_cpu_s": median(by_cpu[1:])}
 
 
-def inside(weights: dict[str, np.ndarray], threads: int) -> dict[str, float]:
-    """The whole roll-out in a kernel."""
+def inside(weights: dict[str, np.ndarray], threads: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The whole roll-out in a kernel, and the shares of the kinds of questions in the last one."""
     env = make(threads)
     env.reset(seed=0)
     space = env.single_observation_space
@@ -77,7 +81,8 @@ def inside(weights: dict[str, np.ndarray], threads: int) -> dict[str, float]:
     result = timed(play)
     collector.close()
     env.close()
-    return result
+    shares = np.bincount(obs["kind"].ravel(), minlength=len(KINDS)) / obs["kind"].size
+    return result, {kind: round(float(share), 3) for kind, share in zip(KINDS, shares, strict=True) if share}
 
 
 def outside(answer: Callable[[dict[str, np.ndarray]], np.ndarray], steps: int) -> dict[str, float]:
@@ -120,9 +125,10 @@ def main() -> None:
     weights = {name: parameter.numpy() for name, parameter in network.state_dict().items()}
     zeros = np.zeros(LANES, np.int64)
     alone = "environment alone, default answers, 2 threads"
+    both, kinds = inside(weights, 2)
     table = {
-        "in the lanes, 2 threads": inside(weights, 2),
-        "in the lanes, 1 thread": inside(weights, 1),
+        "in the lanes, 2 threads": both,
+        "in the lanes, 1 thread": inside(weights, 1)[0],
         alone: outside(lambda obs: zeros, STEPS),
         "batches through torch": outside(with_torch(network), 64),
         "batches through numpy": outside(with_numpy(weights), 16),
@@ -134,7 +140,8 @@ def main() -> None:
     detail = {
         "decisions_per_s": table,
         "share": {"environment": round(env, 3), "network, draw and storing": round(1 - env, 3)},
-        "environment": "Dispatch-v0",
+        "environment": "Cluster-v0, all kinds of questions",
+        "questions": kinds,
         "network": "hidden 32, 2 layers",
         "lanes": LANES,
         "workload": "azure2023_conv at 0.5 to 1.0 of saturation, 512 requests an episode",

@@ -12,7 +12,7 @@ import numpy as np
 
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.observe import IS_DEFAULT, copy_frame
-from servegym.envs.cluster.rules import choose
+from servegym.envs.cluster.rules import answer, choose
 from servegym.envs.cluster.state import DISPATCH, NEVER, NONE, PS
 from servegym.envs.cluster.steps import Rules, apply, run_to_question
 
@@ -33,6 +33,8 @@ class Search(NamedTuple):
         rules: int64 [Q, KINDS], sets of rules to play behind an answer.
         plays: the same but for dispatches, which branches answer themselves.
         params: float64 [Q, KINDS, PARAMS], of the rules.
+        own: the environment's rules; branches take from them what is not about answers, and so the very types
+            for which its kernels are compiled.
     """
 
     objective: int
@@ -41,6 +43,7 @@ class Search(NamedTuple):
     rules: np.ndarray
     plays: np.ndarray
     params: np.ndarray
+    own: Rules
 
 
 # --- branches ---------------------------------------------------------------------------------------------
@@ -73,17 +76,21 @@ def copy_live(world, scratch, l):
 
 
 @kernel
-def _branch(world, frame, scratch, scratch_frame, l, answer, q, horizon, search):
+def _branch(world, frame, scratch, scratch_frame, l, tried, q, horizon, search):
     """Score of an answer with rules q behind it."""
     copy_live(world, scratch, l)
     copy_frame(frame, scratch_frame, l)
     lane = scratch.lane[l]
-    rules = Rules(0, 0, False, False, 1, search.plays[q], search.params[q])
+    own = search.own
+    rules = Rules(
+        own.reward, own.max_steps, own.same_step, own.in_order, own.group_size,
+        search.plays[q], search.params[q],
+    )  # fmt: skip
     # Questions that the stock system's own way answers need not be asked.
     for kind in range(len(rules.plays)):
         if rules.plays[kind] == 1:
             lane.raises &= ~(1 << kind)
-    apply(scratch, scratch_frame, l, answer)
+    apply(scratch, scratch_frame, l, tried)
     arrivals = 0
     # Dispatches come back, so that arrivals can be counted; rules answer all other questions on the way.
     while run_to_question(scratch, scratch_frame, l, rules) == DISPATCH:
@@ -93,8 +100,9 @@ def _branch(world, frame, scratch, scratch_frame, l, answer, q, horizon, search)
             lane.next_row, lane.sleeping = lane.rows, 0
             lane.pending = lane.question = NONE
         else:
-            own = choose(scratch_frame, l, search.rules[q, DISPATCH], search.params[q, DISPATCH])
-            apply(scratch, scratch_frame, l, own)
+            rule = search.rules[q, DISPATCH]
+            choice = answer(scratch, scratch_frame, l, rule, search.params[q, DISPATCH])
+            apply(scratch, scratch_frame, l, choice)
     return _score(scratch, l, search.objective)
 
 
@@ -106,12 +114,12 @@ def _value(world, l, r, objective):
     ttft = (req.first - req.arrived) / PS
     tpot = (req.finished - req.first) / PS / max(row.output - 1, 1)
     late, slow = ttft / row.slo_ttft, tpot / row.slo_tpot
-    if objective == GOODPUT:
-        met = ttft <= row.slo_ttft and tpot <= row.slo_tpot
-        return row.weight * (met - TIE_BREAK * (late + slow))
     if objective == LATENCY:
         return -row.weight * ((req.finished - req.arrived) / PS)
-    return -row.weight * (late if objective == TTFT else slow) ** TAIL_POWER
+    met = ttft <= row.slo_ttft and tpot <= row.slo_tpot
+    if objective == GOODPUT:
+        return row.weight * (met - TIE_BREAK * (late + slow))
+    return row.weight * (met - (late if objective == TTFT else slow) ** TAIL_POWER)
 
 
 @kernel
@@ -156,57 +164,62 @@ def _largest(values):
     return best
 
 
-@inlined
-def _rank(world, frame, scratch, scratch_frame, search, scores, rank, double, l):
-    """Order in which to try the answers, largest first: -inf never, +inf in any case, else a short branch's.
-
-    What the rules themselves answer is always tried, so that the search is no worse than they are.
+@kernel
+def _list_answers(frame, rank, scores, l):
+    """Give each answer that is to be tried the rank infinity, all others minus infinity.
 
     Returns:
-        how many legal answers there are.
+        how many there are, and the one that stands for candidate 0.
     """
-    legal, kind = 0, frame.kind[l]
+    default, legal = _default_double(frame, l), 0
     for k in range(frame.mask.shape[1]):
         rank[l, k] = scores[l, k] = -np.inf
-        if frame.mask[l, k] and not (k == 0 and double):
+        if frame.mask[l, k] and (k or default == 0):
             rank[l, k] = np.inf
             legal += 1
-    if legal <= search.width:
-        return legal
-    horizon = min(SCREENING, search.horizon)
-    for k in range(frame.mask.shape[1]):
-        if rank[l, k] == np.inf:
-            rank[l, k] = _branch(world, frame, scratch, scratch_frame, l, k, 0, horizon, search)
-    for q in range(len(search.plays)):
-        own = choose(frame, l, search.rules[q, kind], search.params[q, kind])
-        rank[l, own if own else double] = np.inf
-    return legal
+    return legal, default
 
 
 @kernel
-def search_lane(world, frame, scratch, scratch_frame, search, scores, rank, l):
-    """The best answer to the lane's open question; its candidates' scores, -inf where not tried."""
-    double = _default_double(frame, l)
-    if _rank(world, frame, scratch, scratch_frame, search, scores, rank, double, l) == 1:
-        return _largest(rank[l])
-    best, tried = NONE, 0
-    while True:
-        k = _largest(rank[l])
-        if rank[l, k] == -np.inf or (tried >= search.width and rank[l, k] < np.inf):
-            break
-        rank[l, k] = -np.inf
-        tried += 1
-        for q in range(len(search.plays)):
-            score = _branch(world, frame, scratch, scratch_frame, l, k, q, search.horizon, search)
-            scores[l, k] = max(scores[l, k], score)
-        if best == NONE or scores[l, k] > scores[l, best]:
-            best = k
-    scores[l, 0] = max(scores[l, 0], scores[l, double])
-    return best
+def _keep_best(frame, search, rank, default, l):
+    """Leave the answers of highest rank, and what the rules answer: the search is no worse than they are."""
+    kind = frame.kind[l]
+    for _ in range(search.width):
+        best = NONE
+        for k in range(rank.shape[1]):
+            if -np.inf < rank[l, k] < np.inf and (best == NONE or rank[l, k] > rank[l, best]):
+                best = k
+        rank[l, best] = np.inf
+    for q in range(len(search.rules)):
+        own = choose(frame, l, search.rules[q, kind], search.params[q, kind])
+        rank[l, own if own else default] = np.inf
 
 
 @kernel
 def search_lanes(world, frame, scratch, scratch_frame, search, scores, rank, answers, first, last):
-    """The best answers of lanes first..last-1, int64 [L]."""
+    """The best answers of lanes first..last-1, int64 [L], and the scores of candidates, -inf where not tried.
+
+    Scratch: `rank` [L, C]. `_branch` is called at one place and nothing else stands above it, since numba
+    compiles all of the cluster model anew into each caller.
+    """
     for l in range(first, last):
-        answers[l] = search_lane(world, frame, scratch, scratch_frame, search, scores, rank, l)
+        legal, default = _list_answers(frame, rank, scores, l)
+        answers[l] = _largest(rank[l])
+        for is_long in range(legal <= search.width, 1 + (legal > 1)):
+            horizon = search.horizon if is_long else min(SCREENING, search.horizon)
+            for k in range(frame.mask.shape[1]):
+                if rank[l, k] < np.inf:
+                    continue
+                score = -np.inf
+                for q in range(len(search.rules) if is_long else 1):
+                    future = _branch(world, frame, scratch, scratch_frame, l, k, q, horizon, search)
+                    score = max(score, future)
+                if is_long:
+                    scores[l, k] = score
+                else:
+                    rank[l, k] = score
+            if is_long:
+                answers[l] = _largest(scores[l])
+                scores[l, 0] = scores[l, default]
+            else:
+                _keep_best(frame, search, rank, default, l)

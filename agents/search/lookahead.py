@@ -34,9 +34,9 @@ class Lookahead:
 
     Args:
         objective: what the future is judged by, summed over the requests that finish, by class weight:
-            `goodput`: SLO met, then TTFT and TPOT as fractions of their SLO, a hundredth of a request each;
-            `latency`: minus end-to-end seconds; `ttft` and `tpot`: minus the eighth power of that fraction,
-            which the tail dominates.
+            `goodput`: SLO met, less a hundredth of TTFT and of TPOT as fractions of their SLO; `latency`:
+            minus end-to-end seconds; `ttft` and `tpot`: SLO met, less the eighth power of that fraction, which
+            the tail dominates.
         behind: sets of rules, kind -> name, that play on behind an answer; the best set counts.
         horizon: arrivals that a branch plays, then it runs empty; None: to the end of the episode.
         width: most answers that get such a branch, chosen by branches of 8 arrivals with the first set of
@@ -98,7 +98,7 @@ class Lookahead:
         params = np.where(asked[:, None], self._params, own.params)
         played = rules.copy()
         played[:, DISPATCH] = AGENT
-        self._search = Search(self._objective, self._horizon, self._width, rules, played, params)
+        self._search = Search(self._objective, self._horizon, self._width, rules, played, params, own)
         self.scores = np.full(frame.mask.shape, -np.inf)
         self._rank = self.scores.copy()
         self._answers = np.zeros(env.num_envs, np.int64)

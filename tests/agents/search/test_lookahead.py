@@ -46,11 +46,12 @@ def value(records, slo, objective):
     late = records.ttft_s / slo.ttft_s
     tpot = (records.finished_s - records.first_token_s) / np.maximum(records.output_tokens - 1, 1)
     slow = tpot / slo.tpot_s
-    if objective == "goodput":
-        return ((late <= 1) & (slow <= 1)).sum() - 0.01 * (late + slow).sum()
     if objective == "latency":
         return -records.e2e_s.sum()
-    return -((late if objective == "ttft" else slow) ** 8).sum()
+    met = ((late <= 1) & (slow <= 1)).sum()
+    if objective == "goodput":
+        return met - 0.01 * (late + slow).sum()
+    return met - ((late if objective == "ttft" else slow) ** 8).sum()
 
 
 def outcome(scenario, seed, answers, objective):
@@ -139,11 +140,10 @@ def test_leaves_the_lanes_and_the_observation_untouched(scenario):
     look.watch(env)
     obs, _ = env.reset(seed=0)
     for _ in range(5):
-        before = [getattr(env.lanes().world, name).copy() for name in OWNED] + [
-            a.copy() for a in env.lanes().frame
-        ]
+        world, frame = env.lanes()[:2]
+        before = [getattr(world, name).copy() for name in OWNED] + [a.copy() for a in frame]
         answer = look.act(obs)
-        after = [getattr(env.lanes().world, name) for name in OWNED] + list(env.lanes().frame)
+        after = [getattr(world, name) for name in OWNED] + list(frame)
         for a, b in zip(before, after, strict=True):
             np.testing.assert_array_equal(a, b)
         obs, *_ = env.step(answer)
