@@ -135,10 +135,15 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
     drain = NEVER if spec.drain_at_s is None else spec.drain_at_s
     require(drain >= 0, "drain_at_s", spec.drain_at_s, "must be >= 0")
     block_bytes = profile.model.kv_bytes_per_token * spec.block_tokens
-    swap = _copy_ps(profile.swap, block_bytes) if spec.swap_gib else (0, 0)
-    net = _copy_ps(profile.network, block_bytes) if cluster.migration else (0, 0)
-    require(swap is not None, "swap_gib", spec.swap_gib, "the profile has no swap costs; leave it 0")
-    require(net is not None, "migration", cluster.migration, "the profile has no network costs; leave it out")
+    has_swap, has_network = profile.swap is not None, profile.network is not None
+    require(
+        has_swap or not spec.swap_gib, "swap_gib", spec.swap_gib, "the profile has no swap costs; leave it 0"
+    )
+    require(
+        has_network or cluster.migration is None, "migration", cluster.migration,
+        "the profile has no network costs; leave it out",
+    )  # fmt: skip
+    swap, net = _copy_ps(profile.swap, block_bytes), _copy_ps(profile.network, block_bytes)
     return (
         index, blocks, spec.block_tokens, budget, max_seqs, int(spec.watermark * blocks),
         spec.queue == "priority", spec.reserve_prompt, cluster.prefix_caching, 0.0, 0.0,
@@ -150,10 +155,10 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
     )  # fmt: skip
 
 
-def _copy_ps(link: Link | None, block_bytes: int) -> tuple[int, int] | None:
-    """Picoseconds of a call and of a block on a link; None without one."""
+def _copy_ps(link: Link | None, block_bytes: int) -> tuple[int, int]:
+    """Picoseconds of a call and of a block on a link; 0 without one, where nothing is copied."""
     if link is None:
-        return None
+        return 0, 0
     return round(link.seconds_per_call * PS), round(block_bytes / link.bytes_per_second * PS)
 
 
