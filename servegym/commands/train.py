@@ -71,7 +71,7 @@ class Command(Setup):
     eval_episodes: int = 5
     """Episodes of an evaluation, and seeds of the final comparison with the heuristics."""
     save_freq: int = 100_000
-    """Decisions between two checkpoints: what a crash can cost."""
+    """Decisions between two checkpoints, at least: what a crash can cost; fewer where saving takes long."""
     name: str | None = None
     """Name of the policy; algorithm and scenario by default."""
     log_folder: Annotated[str, tyro.conf.arg(aliases=("-f",))] = "runs"
