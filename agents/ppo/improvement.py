@@ -114,6 +114,7 @@ def _play(model: PPO, search: Lookahead, labels: Labels) -> None:
         part = slice(k * STRIDE, (k + 1) * STRIDE)
         obs = {name: rows[part] for name, rows in model.buffer.obs.items()}
         model.collector.run(weights, obs, Steps(*(rows[part] for rows in model.buffer.steps)), model.tally)
+    model.buffer.steps.lengths[:] = 0  # these episodes are not PPO's
 
 
 def _learn(model: PPO, labels: Labels, spread: _Spread) -> float:
