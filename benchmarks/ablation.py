@@ -131,7 +131,7 @@ def summary(row: Row, plain: Row) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--scenario", default="scarce")
+    parser.add_argument("--scenario", default="mixed")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each run")
     parser.add_argument("--teacher", default="lmetric", help="heuristic to imitate")
     flags = parser.parse_args()

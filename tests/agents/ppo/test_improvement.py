@@ -59,7 +59,7 @@ def test_the_better_answer_becomes_likelier(make_env, every):
     regrets = improve(model, Scripted(every), 30)
     assert regrets[0] > 0.5  # 4 answers, the best of them a request better
     assert regrets[-1] < 0.15
-    assert chances(model)[BEST] > 0.85
+    assert chances(model)[BEST] > 0.7  # a third at first
 
 
 def test_indifferent_questions_teach_nothing(make_env):
