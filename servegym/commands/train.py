@@ -85,8 +85,8 @@ class Command(Setup):
     """Roll-outs of learning from that heuristic, from its own play at first to the network's at last."""
     lookahead_updates: int = 0
     """Roll-outs of learning from look-ahead, which scores answers on the true future, before ppo."""
-    lookahead_rules: dict[str, str] = field(default_factory=lambda: {"dispatch": "lmetric"})
-    """Built-in rules that play on behind the answers that look-ahead tries, such as `dispatch lmetric`."""
+    lookahead_rules: dict[str, str] = field(default_factory=dict)
+    """Built-in rules that play on behind what look-ahead tries; lmetric dispatches if none is named."""
     lookahead_horizon: int = 32
     """Arrivals behind an answer that look-ahead plays; then the cluster runs empty."""
     lookahead_width: int = 6
@@ -145,7 +145,7 @@ class Command(Setup):
             say(f"look-ahead: {regrets[0]:.3f} short of the best answers at first, {regrets[-1]:.3f} at last")
 
     def _search(self) -> Lookahead:
-        behind = [self.lookahead_rules]
+        behind = [{"dispatch": "lmetric"} | self.lookahead_rules]
         return Lookahead(behind=behind, horizon=self.lookahead_horizon, width=self.lookahead_width)
 
     def _checked(self) -> list[Scenario]:

@@ -211,5 +211,4 @@ def test_learns_from_look_ahead_alone(train_command, tmp_path, capsys):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["decisions"] == 0
     assert metrics["settings"]["lookahead_updates"] == 2
-    assert metrics["settings"]["lookahead_rules"] == {"dispatch": "lmetric"}
     assert load_policy(folder).name == "ppo-mixed-s0"
