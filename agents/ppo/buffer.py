@@ -73,8 +73,9 @@ class RolloutBuffer:
         """Observations, and actions, log_probs, advantages and targets, of these decisions."""
         other = {name: getattr(self.steps, name) for name in ("actions", "log_probs")}
         other |= {name: getattr(self, name) for name in ("advantages", "targets")}
-        return _take(self.obs, numbers), _take(other, numbers)
+        return take(self.obs, numbers), take(other, numbers)
 
 
-def _take(arrays: Mapping[str, np.ndarray], numbers: Tensor) -> dict[str, Tensor]:
+def take(arrays: Mapping[str, np.ndarray], numbers: Tensor) -> dict[str, Tensor]:
+    """Rows [N, ...] of arrays [T, B, ...] by their numbers in [T B]."""
     return {name: torch.from_numpy(a).flatten(0, 1).index_select(0, numbers) for name, a in arrays.items()}

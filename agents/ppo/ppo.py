@@ -214,14 +214,14 @@ class PPO(OnPolicyAlgorithm):
         """While this context is open there are threads for roll-outs and updates, and torch adds none."""
         threads, workers = torch.get_num_threads(), ThreadPoolExecutor(self.config.num_threads)
         torch.set_num_threads(1)
-        self._collector = Collector(
+        self.collector = Collector(
             self.vector_env, self.network.config, self.config.num_threads, self.seed or 0
         )
         try:
             with workers as self._workers:
                 yield
         finally:
-            self._collector.close()
+            self.collector.close()
             torch.set_num_threads(threads)
 
     def look(self) -> None:
@@ -244,7 +244,7 @@ class PPO(OnPolicyAlgorithm):
         started = time.perf_counter()
         callback.on_rollout_start()
         weights = {name: p.detach().cpu().numpy() for name, p in self.network.state_dict().items()}
-        self._collector.run(weights, self.buffer.obs, self.buffer.steps, self.tally)
+        self.collector.run(weights, self.buffer.obs, self.buffer.steps, self.tally)
         collected = time.perf_counter()
         self.estimate()
         self._seconds["collect"] += collected - started

@@ -12,7 +12,8 @@ import torch
 import tyro
 
 from servegym.agents.heuristics import make_heuristic
-from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, read_info
+from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, improve, read_info
+from servegym.agents.search.lookahead import Lookahead
 from servegym.agents.task import Task
 from servegym.envs.cluster.decisions import ENVIRONMENTS, divide
 from servegym.envs.cluster.episode import fleets_of, mix_episodes
@@ -51,7 +52,7 @@ class Command(Setup):
     algo: str = "ppo"
     """ppo, or sb3-contrib's maskable_ppo with the same network (constant discount, cannot be resumed)."""
     n_timesteps: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 1_000_000
-    """Decisions to train on, over all lanes."""
+    """Decisions that ppo trains on, over all lanes; 0 where --imitate or --lookahead-updates is all."""
     loads: tuple[float, float] | None = None
     """Lowest and highest offered load, fractions of saturation; an episode draws one between them."""
     n_envs: int = 128
@@ -82,6 +83,14 @@ class Command(Setup):
     """Heuristic whose answers ppo learns first, before it improves on them; none by default."""
     imitate_updates: int = 16
     """Roll-outs of learning from that heuristic, from its own play at first to the network's at last."""
+    lookahead_updates: int = 0
+    """Roll-outs of learning from look-ahead, which scores answers on the true future, before ppo."""
+    lookahead_rules: dict[str, str] = field(default_factory=dict)
+    """Built-in rules that play on behind what look-ahead tries; lmetric dispatches if none is named."""
+    lookahead_horizon: int = 32
+    """Arrivals behind an answer that look-ahead plays; then the cluster runs empty."""
+    lookahead_width: int = 6
+    """Most answers to a question that look-ahead tries."""
     resume: bool = False
     """Go on from the checkpoint in that folder; the other flags must be those of the run."""
     track: bool = False
@@ -104,9 +113,8 @@ class Command(Setup):
         if self.resume:
             _check_settings(settings, folder)
         agent = self._agent(self._environment(scenarios), task, folder)
-        if self.imitate is not None and not self.resume:
-            agreements = imitate(cast("PPO", agent), make_heuristic(self.imitate), self.imitate_updates)
-            say(f"imitation of {self.imitate}: the same answer to {agreements[-1]:.0%} of the questions")
+        if not self.resume:
+            self._warm_up(agent)
         callbacks = [
             CheckpointCallback(
                 folder, self.save_freq, lambda model: self._files(model, scenarios, settings, [])
@@ -127,6 +135,19 @@ class Command(Setup):
         say(f"checkpoint: {folder}")
         return 0
 
+    def _warm_up(self, agent: Agent) -> None:
+        """Learn from a heuristic and from look-ahead, as far as the flags say so."""
+        if self.imitate is not None:
+            agreements = imitate(cast("PPO", agent), make_heuristic(self.imitate), self.imitate_updates)
+            say(f"imitation of {self.imitate}: the same answer to {agreements[-1]:.0%} of the questions")
+        if self.lookahead_updates:
+            regrets = improve(cast("PPO", agent), self._search(), self.lookahead_updates)
+            say(f"look-ahead: {regrets[0]:.3f} short of the best answers at first, {regrets[-1]:.3f} at last")
+
+    def _search(self) -> Lookahead:
+        behind = [{"dispatch": "lmetric"} | self.lookahead_rules]
+        return Lookahead(behind=behind, horizon=self.lookahead_horizon, width=self.lookahead_width)
+
     def _checked(self) -> list[Scenario]:
         check_environment("train", self.env)
         if self.decisions and ENVIRONMENTS[self.env] is not None:
@@ -135,7 +156,6 @@ class Command(Setup):
         if self.algo not in ALGORITHMS:
             raise InputError("train", "algo", self.algo, f"choose one of {', '.join(ALGORITHMS)}")
         for name in (
-            "n_timesteps",
             "n_envs",
             "group_size",
             "episodes",
@@ -155,9 +175,15 @@ class Command(Setup):
             raise InputError("train", "algo", self.algo, "only ppo can be resumed")
         if self.imitate is not None and self.algo != "ppo":
             raise InputError("train", "imitate", self.imitate, "only ppo imitates")
+        if self.lookahead_updates and self.algo != "ppo":
+            raise InputError("train", "lookahead_updates", self.lookahead_updates, "only ppo learns from it")
+        self._search()  # refuses what it cannot use
         check_seed("train", self.seed)
-        if self.eval_freq < 0:
-            raise InputError("train", "eval_freq", self.eval_freq, "must be >= 0")
+        for name in ("eval_freq", "lookahead_updates", "n_timesteps"):
+            if getattr(self, name) < 0:
+                raise InputError("train", name, getattr(self, name), "must be >= 0")
+        if not (self.n_timesteps or self.imitate or self.lookahead_updates):
+            raise InputError("train", "n_timesteps", 0, "needs --imitate or --lookahead-updates")
         return self.resolve(**({} if self.loads is None else {"loads": self.loads}))
 
     def _folder(self, scenarios: list[Scenario]) -> Path:
@@ -216,7 +242,8 @@ class Command(Setup):
 
     def _settings(self, task: Task, scenarios: list[Scenario]) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
-        names = ("n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates")
+        names = ["n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates"]
+        names += [f"lookahead_{name}" for name in ("updates", "rules", "horizon", "width")]
         settings: dict[str, Any] = {
             "task": asdict(task),
             "ppo": asdict(self._config(scenarios[0].beta)),

@@ -129,7 +129,10 @@ BAD = {
     "loads": (["--loads", "0.9", "0.5"], "loads"),
     "algorithm": (["--algo", "dqn"], "maskable_ppo"),
     "seed": (["--seed", "2147483648"], "seed = 2147483648"),
-    "decisions": (["-n", "0"], "n_timesteps = 0"),
+    "decisions": (["-n", "-1"], "n_timesteps = -1"),
+    "nothing to learn": (["-n", "0"], "--lookahead-updates"),
+    "look-ahead": (["--lookahead-updates", "1", "--lookahead-width", "0"], "width = 0"),
+    "look-ahead's rule": (["--lookahead-rules", "dispatch", "round_robin"], "round_robin"),
     "profile": (["--cluster", "4xtpu"], "tpu"),
     "fleet": (["--cluster", "0xa100-llama-3.1-8b"], "COUNTxPROFILE"),
     "device": (["--device", "abacus"], "device = 'abacus'"),
@@ -198,3 +201,14 @@ def test_imitates_a_heuristic_first(train_command, tmp_path, capsys):
     assert "imitation of least_tokens: the same answer to" in capsys.readouterr().out
     assert main(train_command(tmp_path / "x", "--imitate", "teacher")) == 2
     assert "heuristics: name" in capsys.readouterr().err
+
+
+def test_learns_from_look_ahead_alone(train_command, tmp_path, capsys):
+    flags = ("--lookahead-updates", "2", "--lookahead-horizon", "2", "--lookahead-width", "1", "-n", "0")
+    assert main(train_command(tmp_path, *flags)) == 0
+    assert "short of the best answers" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "Dispatch-v0" / "ppo-mixed-s0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["decisions"] == 0
+    assert metrics["settings"]["lookahead_updates"] == 2
+    assert load_policy(folder).name == "ppo-mixed-s0"
