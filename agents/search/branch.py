@@ -96,8 +96,9 @@ def _branch(world, frame, scratch, scratch_frame, l, tried, q, horizon, search):
     while run_to_question(scratch, scratch_frame, l, rules) == DISPATCH:
         arrivals += 1
         if arrivals > horizon:
-            # No more of the future: what is in the system still runs to its end.
+            # No more of the future: what is in the system still runs to its end, as in the stock system.
             lane.next_row, lane.sleeping = lane.rows, 0
+            lane.raises = 0
             lane.pending = lane.question = NONE
         else:
             rule = search.rules[q, DISPATCH]

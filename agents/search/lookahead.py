@@ -35,10 +35,10 @@ class Lookahead:
     Args:
         objective: what the future is judged by, summed over the requests that finish, by class weight:
             `goodput`: SLO met, less a hundredth of TTFT and of TPOT as fractions of their SLO; `latency`:
-            minus end-to-end seconds; `ttft` and `tpot`: SLO met, less the eighth power of that fraction, which
-            the tail dominates.
+            minus end-to-end seconds; `ttft` and `tpot`: SLO met, less the eighth power of one of the two
+            fractions, which the tail dominates.
         behind: sets of rules, kind -> name, that play on behind an answer; the best set counts.
-        horizon: arrivals that a branch plays, then it runs empty; None: to the end of the episode.
+        horizon: arrivals that a branch plays, then it runs empty by the stock system's rules; None: all.
         width: most answers that get such a branch, chosen by branches of 8 arrivals with the first set of
             rules; the rules' own answers always do. None: all.
 
