@@ -93,7 +93,7 @@ def warm_up(model: PPO, teacher: str, search: Lookahead, updates: tuple[int, int
 
 
 def seconds_an_update(scenario: Scenario, teacher: str, search: Lookahead) -> tuple[float, float]:
-    """Of imitation and of look-ahead, when everything is compiled: from two updates behind one that compiles."""
+    """Of imitation and of look-ahead, when all is compiled: from two updates behind one that compiles."""
     model = make_trainer(RUNS[-1], scenario)
     warm_up(model, teacher, search, (1, 1))
     model.learn(LANES * CONFIG.n_steps)

@@ -15,6 +15,7 @@ from rich.text import Text
 from servegym.agents.heuristics import heuristic_names, make_heuristic, search_space
 from servegym.agents.heuristics.tuning import Parameters, tune
 from servegym.agents.policy import Policy
+from servegym.agents.search.lookahead import Lookahead
 from servegym.envs.cluster.decisions import ENVIRONMENTS
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.scenario import Scenario, load_scenario
@@ -36,6 +37,9 @@ from servegym.flags import DEFAULT_SCENARIO, Setup, check_environment, check_see
 from servegym.loading import load_agent
 from servegym.report import plot, render
 
+# Behind an answer of look-ahead: rules, and arrivals until the cluster runs empty.
+BEHIND = ({"dispatch": "lmetric"}, {"dispatch": "lmetric", "migrate": "llumnix"})
+HORIZON = 64
 # The recorded trace wins over the generator that was fitted to it, for the default workload only.
 RECORDED = Path("../shared/traces/eval") / f"{DEFAULT_WORKLOAD}.parquet"
 
@@ -90,6 +94,9 @@ class Command(Setup):
     tune: bool = False
     """First tune every heuristic that has parameters, for each fleet at its highest load: grid search by
     goodput, at most 30 candidates, on other episodes of the scenario's generator."""
+    lookahead: int = 0
+    """Play clairvoyant look-ahead too, which tries so many answers of each question on the true future, with
+    the rules `lmetric` and `llumnix` behind them: a bound, not a competitor. 0: not. It takes minutes."""
     num_threads: int = 2
     """Episodes that run at the same time."""
     log_folder: Annotated[str, tyro.conf.arg(aliases=("-f",))] = "runs/evaluate"
@@ -102,6 +109,8 @@ class Command(Setup):
         scenarios = self._scenarios()
         for name in self.policies:
             make_heuristic(name)
+        if self.lookahead < 0:
+            raise InputError("evaluate", "lookahead", self.lookahead, "give a number of answers, or 0")
         learned = [load_agent(path, self.env) for path in self.trained_agent]
         prepared = [
             (s, self._settings(s), self._training(s, name) if self.tune else None)
@@ -172,7 +181,7 @@ class Command(Setup):
                     tuned[cluster] = self._tune(names, training, highest, progress)
                 chosen = tuned.get(cluster, {})
                 tables += compare(
-                    [make_heuristic(name, **chosen.get(name, {})) for name in names],
+                    [make_heuristic(name, **chosen.get(name, {})) for name in names] + self._clairvoyant(),
                     learned,
                     scenario,
                     own,
@@ -182,6 +191,10 @@ class Command(Setup):
                     progress=progress,
                 )
         return tables, tuned
+
+    def _clairvoyant(self) -> list[Policy]:
+        """Look-ahead with a budget, where it was asked for."""
+        return [Lookahead(behind=BEHIND, horizon=HORIZON, width=self.lookahead)] if self.lookahead else []
 
     def _tune(
         self, names: Sequence[str], training: Scenario, setting: Setting, progress: Callable[[str], None]
