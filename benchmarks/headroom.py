@@ -35,7 +35,7 @@ GOAL = 5
 ENOUGH = 0.1
 REQUESTS = 768
 SEEDS = 2
-HORIZON = 64  # arrivals that a branch plays
+HORIZON = 64  # mean gaps between arrivals that a branch plays
 WIDTH = 3  # answers that get such a branch
 OBJECTIVES = ("goodput", "tpot")
 TAILS = ("ttft_p99_s", "tpot_p99_s")
@@ -78,8 +78,9 @@ def headroom(name: str) -> dict[str, Any]:
     episodes = episodes_of(scenario, setting, SEEDS, seed=0)
     rows = play_heuristics(scenario, episodes)
     rules = next(rules for row in rows if (rules := built_in(row.policy)))
+    horizon_s = HORIZON / min(e.workload.rate_rps for e in episodes)
     looks = [
-        measure(Lookahead(objective, behind=[rules], horizon=HORIZON, width=WIDTH), scenario, episodes)
+        measure(Lookahead(objective, behind=[rules], horizon_s=horizon_s, width=WIDTH), scenario, episodes)
         for objective in OBJECTIVES
     ]
     best = mean(rows[0], "goodput")
@@ -128,7 +129,7 @@ def main() -> None:
         "scenarios": table,
         "requests": REQUESTS,
         "seeds": SEEDS,
-        "lookahead": {"objectives": OBJECTIVES, "horizon": HORIZON, "width": WIDTH},
+        "lookahead": {"objectives": OBJECTIVES, "horizon_in_gaps": HORIZON, "width": WIDTH},
         "seconds": time.perf_counter() - start,
     }
     report("headroom", found, "scenarios above 10%", GOAL, detail)

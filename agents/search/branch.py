@@ -13,12 +13,11 @@ import numpy as np
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.observe import IS_DEFAULT, copy_frame
 from servegym.envs.cluster.rules import answer, choose
-from servegym.envs.cluster.state import DISPATCH, NEVER, NONE, PS
+from servegym.envs.cluster.state import DISPATCH, END, NEVER, NONE, PS
 from servegym.envs.cluster.steps import Rules, apply, run_to_question
 
 OBJECTIVES = ("goodput", "latency", "ttft", "tpot")
 GOODPUT, LATENCY, TTFT = range(3)
-SCREENING = 8  # arrivals of the short branches that choose which answers get long ones
 TAIL_POWER = 8.0
 TIE_BREAK = 1e-2  # requests that a service level's worth of latency counts, where goodput is the objective
 
@@ -28,22 +27,20 @@ class Search(NamedTuple):
 
     Attributes:
         objective: index into OBJECTIVES.
-        horizon: arrivals behind the question's own that a branch plays.
-        width: most answers that get a branch of that length.
+        horizon, screening: picoseconds that a branch plays, and one that only ranks answers.
+        width: most answers that get a branch of full length.
         rules: int64 [Q, KINDS], sets of rules to play behind an answer.
-        plays: the same but for dispatches, which branches answer themselves.
         params: float64 [Q, KINDS, PARAMS], of the rules.
-        own: the environment's rules; branches take from them what is not about answers, and so the very types
-            for which its kernels are compiled.
+        ask: with every kind of question left to the agent, which in a branch is one of these sets.
     """
 
     objective: int
     horizon: int
+    screening: int
     width: int
     rules: np.ndarray
-    plays: np.ndarray
     params: np.ndarray
-    own: Rules
+    ask: Rules
 
 
 # --- branches ---------------------------------------------------------------------------------------------
@@ -81,30 +78,27 @@ def _branch(world, frame, scratch, scratch_frame, l, tried, q, horizon, search):
     copy_live(world, scratch, l)
     copy_frame(frame, scratch_frame, l)
     lane = scratch.lane[l]
-    own = search.own
-    rules = Rules(
-        own.reward, own.max_steps, own.same_step, own.in_order, own.group_size,
-        search.plays[q], search.params[q],
-    )  # fmt: skip
+    end = lane.now + horizon
     # Questions that the stock system's own way answers need not be asked.
-    for kind in range(len(rules.plays)):
-        if rules.plays[kind] == 1:
+    for kind in range(search.rules.shape[1]):
+        if search.rules[q, kind] == 1:
             lane.raises &= ~(1 << kind)
     apply(scratch, scratch_frame, l, tried)
-    arrivals = 0
-    # Dispatches come back, so that arrivals can be counted; rules answer all other questions on the way.
-    while run_to_question(scratch, scratch_frame, l, rules) == DISPATCH:
-        arrivals += 1
-        if arrivals > horizon:
+    while True:
+        kind = run_to_question(scratch, scratch_frame, l, search.ask)
+        if kind == END:
+            return _score(scratch, l, search.objective)
+        choice = 0
+        if lane.now <= end:
+            rule = search.rules[q, kind]
+            choice = answer(scratch, scratch_frame, l, rule, search.params[q, kind])
+        else:
             # No more of the future: what is in the system still runs to its end, as in the stock system.
-            lane.next_row, lane.sleeping = lane.rows, 0
-            lane.raises = 0
+            lane.next_row, lane.sleeping, lane.raises = lane.rows, 0, 0
+        if lane.now > end and kind == DISPATCH:
             lane.pending = lane.question = NONE
         else:
-            rule = search.rules[q, DISPATCH]
-            choice = answer(scratch, scratch_frame, l, rule, search.params[q, DISPATCH])
             apply(scratch, scratch_frame, l, choice)
-    return _score(scratch, l, search.objective)
 
 
 @inlined
@@ -207,7 +201,7 @@ def search_lanes(world, frame, scratch, scratch_frame, search, scores, rank, ans
         legal, default = _list_answers(frame, rank, scores, l)
         answers[l] = _largest(rank[l])
         for is_long in range(legal <= search.width, 1 + (legal > 1)):
-            horizon = search.horizon if is_long else min(SCREENING, search.horizon)
+            horizon = search.horizon if is_long else search.screening
             for k in range(frame.mask.shape[1]):
                 if rank[l, k] < np.inf:
                     continue

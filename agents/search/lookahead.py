@@ -20,10 +20,12 @@ from servegym.agents.policy import Observation
 from servegym.agents.search.branch import OBJECTIVES, Search, search_lanes
 from servegym.envs.cluster.lane import AGENT
 from servegym.envs.cluster.rules import RULES, plays
-from servegym.envs.cluster.state import DISPATCH, NEVER, OWNED
+from servegym.envs.cluster.state import NEVER, OWNED, PS
 from servegym.envs.cluster.vector import ClusterVectorEnv
+from servegym.envs.scenario import LARGEST
 from servegym.errors import InputError
 
+MOST_SCREENING_S = 1.0
 # What the stock system does with the kinds that a set of rules does not name.
 STOCK = {kind: names[1] for kind, names in RULES.items() if len(names) > 1}
 BEHIND = ({"dispatch": "least_request"}, {"dispatch": "lmetric"}, {"dispatch": "least_work"})
@@ -38,9 +40,10 @@ class Lookahead:
             minus end-to-end seconds; `ttft` and `tpot`: SLO met, less the eighth power of one of the two
             fractions, which the tail dominates.
         behind: sets of rules, kind -> name, that play on behind an answer; the best set counts.
-        horizon: arrivals that a branch plays, then it runs empty by the stock system's rules; None: all.
-        width: most answers that get such a branch, chosen by branches of 8 arrivals with the first set of
-            rules; the rules' own answers always do. None: all.
+        horizon_s: simulated seconds that a branch plays, then nothing arrives any more and it runs empty by
+            the stock system's rules; None: to the end of the episode.
+        width: most answers that get such a branch, chosen by branches of an eighth of it, at most 1 s, with
+            the first set of rules; the rules' own answers always do. None: all.
 
     Attributes:
         scores: float64 [B, C], of the last answers; differences count, in units of the objective; -inf for
@@ -59,7 +62,7 @@ class Lookahead:
         objective: str = "goodput",
         *,
         behind: Sequence[Mapping[str, str]] = BEHIND,
-        horizon: int | None = None,
+        horizon_s: float | None = None,
         width: int | None = None,
     ) -> None:
         if objective not in OBJECTIVES:
@@ -70,15 +73,16 @@ class Lookahead:
             if "round_robin" in rules.values() or "agent" in rules.values():
                 hint = "give rules whose answer depends on the question alone"
                 raise InputError(self.name, "behind", dict(rules), hint)
-        for field, value, least in (("horizon", horizon, 0), ("width", width, 1)):
-            whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
-            if not whole or (value is not None and value < least):
-                raise InputError(self.name, field, value, f"give an integer of at least {least}, or None")
+        if horizon_s is not None and not 0 <= horizon_s <= LARGEST:
+            raise InputError(self.name, "horizon_s", horizon_s, f"give seconds in 0..{LARGEST:g}, or None")
+        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+            raise InputError(self.name, "width", width, "give an integer of at least 1, or None")
         chosen = [plays({**STOCK, **rules}) for rules in behind]
         self._behind = np.stack([names for names, _ in chosen])
         self._params = np.stack([params for _, params in chosen])
         self._objective = OBJECTIVES.index(objective)
-        self._horizon = int(NEVER) if horizon is None else horizon
+        horizon = LARGEST if horizon_s is None else horizon_s
+        self._spans = round(horizon * PS), round(min(horizon / 8, MOST_SCREENING_S) * PS)
         self._width = int(NEVER) if width is None else width
         self._answers = np.zeros(0, np.int64)
 
@@ -96,9 +100,8 @@ class Lookahead:
         asked = own.plays == AGENT
         rules = np.where(asked, self._behind, own.plays)
         params = np.where(asked[:, None], self._params, own.params)
-        played = rules.copy()
-        played[:, DISPATCH] = AGENT
-        self._search = Search(self._objective, self._horizon, self._width, rules, played, params, own)
+        ask = own._replace(plays=np.zeros_like(own.plays))
+        self._search = Search(self._objective, *self._spans, self._width, rules, params, ask)
         self.scores = np.full(frame.mask.shape, -np.inf)
         self._rank = self.scores.copy()
         self._answers = np.zeros(env.num_envs, np.int64)

@@ -136,7 +136,7 @@ def test_beats_its_rules_where_they_are_blind():
 @pytest.mark.parametrize("scenario", [CHAT, SESSIONS, SCARCE, ALL_KINDS])
 def test_leaves_the_lanes_and_the_observation_untouched(scenario):
     env = make(scenario, 2, lanes=2)
-    look = Lookahead(horizon=4, width=1)
+    look = Lookahead(horizon_s=0.5, width=1)
     look.watch(env)
     obs, _ = env.reset(seed=0)
     for _ in range(5):
@@ -151,7 +151,7 @@ def test_leaves_the_lanes_and_the_observation_untouched(scenario):
 
 def test_threads_change_nothing():
     episodes = make_episodes(SESSIONS, 3, 0)
-    one, three = (play(Lookahead(horizon=6, width=1), SESSIONS, episodes, n) for n in (1, 3))
+    one, three = (play(Lookahead(horizon_s=2, width=1), SESSIONS, episodes, n) for n in (1, 3))
     for a, b in zip(one, three, strict=True):
         np.testing.assert_array_equal(a.finished_s, b.finished_s)
         np.testing.assert_array_equal(a.instance, b.instance)
@@ -160,8 +160,8 @@ def test_threads_change_nothing():
 def test_a_longer_horizon_sees_more():
     env = make(SCARCE, 0)
     seen = []
-    for horizon in (0, 4, None):
-        look = Lookahead(behind=LEAST_REQUEST, horizon=horizon)
+    for horizon in (0, 1.0, None):
+        look = Lookahead(behind=LEAST_REQUEST, horizon_s=horizon)
         look.watch(env)
         obs, _ = env.reset(seed=0)
         look.act(obs)
@@ -177,8 +177,8 @@ def test_a_longer_horizon_sees_more():
         ({"behind": [{"dispatch": "round_robin"}]}, "behind"),
         ({"behind": [{"dispatch": "agent"}]}, "behind"),
         ({"behind": [{"dispatch": "fastest"}]}, "dispatch"),
-        ({"horizon": -1}, "horizon"),
-        ({"horizon": 1.5}, "horizon"),
+        ({"horizon_s": -1}, "horizon_s"),
+        ({"horizon_s": float("nan")}, "horizon_s"),
         ({"width": 0}, "width"),
     ],
 )
