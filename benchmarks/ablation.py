@@ -139,7 +139,7 @@ def main() -> None:
     scenario = load_scenario(flags.scenario)
     setting = Setting(scenario.clusters[len(scenario.clusters) // 2], sum(scenario.loads) / 2)
     episodes = episodes_of(scenario, setting, SEEDS, EVAL_SEED)
-    search = Lookahead(behind=[{"dispatch": "lmetric"}], horizon=32, width=6)
+    search = Lookahead(behind=[{"dispatch": "lmetric"}], horizon_s=5.0, width=6)
     each = seconds_an_update(scenario, flags.teacher, search)
     rows: list[Row] = []
     results: dict[str, object] = {}

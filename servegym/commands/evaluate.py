@@ -37,9 +37,9 @@ from servegym.flags import DEFAULT_SCENARIO, Setup, check_environment, check_see
 from servegym.loading import load_agent
 from servegym.report import plot, render
 
-# Behind an answer of look-ahead: rules, and arrivals until the cluster runs empty.
+# Behind an answer of look-ahead: rules, and how long they meet arrivals.
 BEHIND = ({"dispatch": "lmetric"}, {"dispatch": "lmetric", "migrate": "llumnix"})
-HORIZON = 64
+HORIZON_S = 10.0
 # The recorded trace wins over the generator that was fitted to it, for the default workload only.
 RECORDED = Path("../shared/traces/eval") / f"{DEFAULT_WORKLOAD}.parquet"
 
@@ -194,7 +194,7 @@ class Command(Setup):
 
     def _clairvoyant(self) -> list[Policy]:
         """Look-ahead with a budget, where it was asked for."""
-        return [Lookahead(behind=BEHIND, horizon=HORIZON, width=self.lookahead)] if self.lookahead else []
+        return [Lookahead(behind=BEHIND, horizon_s=HORIZON_S, width=self.lookahead)] if self.lookahead else []
 
     def _tune(
         self, names: Sequence[str], training: Scenario, setting: Setting, progress: Callable[[str], None]

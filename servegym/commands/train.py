@@ -87,7 +87,7 @@ class Command(Setup):
     """Roll-outs of learning from look-ahead, which scores answers on the true future, before ppo."""
     lookahead_rules: dict[str, str] = field(default_factory=dict)
     """Built-in rules that play on behind what look-ahead tries; lmetric dispatches if none is named."""
-    lookahead_horizon: int = 32
+    lookahead_horizon_s: float = 5.0
     """Arrivals behind an answer that look-ahead plays; then the cluster runs empty."""
     lookahead_width: int = 6
     """Most answers to a question that look-ahead tries."""
@@ -146,7 +146,7 @@ class Command(Setup):
 
     def _search(self) -> Lookahead:
         behind = [{"dispatch": "lmetric"} | self.lookahead_rules]
-        return Lookahead(behind=behind, horizon=self.lookahead_horizon, width=self.lookahead_width)
+        return Lookahead(behind=behind, horizon_s=self.lookahead_horizon_s, width=self.lookahead_width)
 
     def _checked(self) -> list[Scenario]:
         check_environment("train", self.env)
@@ -243,7 +243,7 @@ class Command(Setup):
     def _settings(self, task: Task, scenarios: list[Scenario]) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
         names = ["n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates"]
-        names += [f"lookahead_{name}" for name in ("updates", "rules", "horizon", "width")]
+        names += [f"lookahead_{name}" for name in ("updates", "rules", "horizon_s", "width")]
         settings: dict[str, Any] = {
             "task": asdict(task),
             "ppo": asdict(self._config(scenarios[0].beta)),

@@ -204,7 +204,7 @@ def test_imitates_a_heuristic_first(train_command, tmp_path, capsys):
 
 
 def test_learns_from_look_ahead_alone(train_command, tmp_path, capsys):
-    flags = ("--lookahead-updates", "2", "--lookahead-horizon", "2", "--lookahead-width", "1", "-n", "0")
+    flags = ("--lookahead-updates", "2", "--lookahead-horizon-s", "0.5", "--lookahead-width", "1", "-n", "0")
     assert main(train_command(tmp_path, *flags)) == 0
     assert "short of the best answers" in capsys.readouterr().out
     folder = tmp_path / "runs" / "Dispatch-v0" / "ppo-mixed-s0"

@@ -81,7 +81,7 @@ def latency(model):
 def test_what_look_ahead_finds_makes_a_better_policy(make_env):
     model = trainer(make_env(16))
     before = latency(model)
-    improve(model, Lookahead("latency", behind=[{"dispatch": "lmetric"}], horizon=4), 30)
+    improve(model, Lookahead("latency", behind=[{"dispatch": "lmetric"}], horizon_s=1.0), 30)
     assert latency(model).mean() < 0.8 * before.mean()
 
 
@@ -89,7 +89,7 @@ def test_training_goes_on_and_repeats(make_env):
     found = []
     for _ in range(2):
         model = trainer(make_env(8, group_size=4))
-        improve(model, Lookahead(horizon=4, width=1), 2)
+        improve(model, Lookahead(horizon_s=1.0, width=1), 2)
         model.learn(8 * 32)
         assert (model.tally.decisions == 32).all()
         found.append(weights(model))
