@@ -88,7 +88,7 @@ class Command(Setup):
     lookahead_rules: dict[str, str] = field(default_factory=dict)
     """Built-in rules that play on behind what look-ahead tries; lmetric dispatches if none is named."""
     lookahead_horizon_s: float = 5.0
-    """Arrivals behind an answer that look-ahead plays; then the cluster runs empty."""
+    """Seconds of arrivals behind an answer that look-ahead plays."""
     lookahead_width: int = 6
     """Most answers to a question that look-ahead tries."""
     resume: bool = False
