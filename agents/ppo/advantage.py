@@ -127,15 +127,16 @@ def group_relative(steps: Steps, advantages: np.ndarray, group_size: int) -> np.
 
 
 def comparable(advantages: np.ndarray, group_size: int) -> np.ndarray:
-    """Advantages of mean 0 and a standard deviation of about 1 in each group.
+    """Advantages of mean 0 and a standard deviation of about 1 in each group of lanes.
 
-    Groups play different loads, and different scenarios whose rewards differ by orders of magnitude: without
-    this the most overloaded episode would be all that is learned from. A group in which answers hardly matter
-    is not blown up beyond `LEAST_SPREAD` of the whole.
+    Where groups play different scenarios, their rewards differ by orders of magnitude: without this the most
+    overloaded one would be all that is learned from. A group in which answers hardly matter is not blown up
+    beyond `LEAST_SPREAD` of the whole. Within one scenario all lanes are one group, so that episodes count
+    by how much there was to win.
 
     Args:
         advantages: float64 [T, B].
-        group_size: lanes of a group.
+        group_size: lanes of a group, a divisor of B.
     """
     advantages = advantages - advantages.mean()
     groups = advantages.reshape(len(advantages), -1, group_size)

@@ -308,8 +308,10 @@ class PPO(OnPolicyAlgorithm):
         self.logger.record("losses/explained_variance", explained)
         self._rescale_values(returns)
         buffer.targets[:] = (returns - scale.mean) / scale.std
-        group_size = self.vector_env.group_size
-        buffer.advantages[:] = comparable(group_relative(steps, advantages, group_size), group_size)
+        env = self.vector_env
+        advantages = group_relative(steps, advantages, env.group_size)
+        alike = env.num_envs if len(env.scenarios) == 1 else env.group_size
+        buffer.advantages[:] = comparable(advantages, alike)
 
     def _rescale_values(self, returns: np.ndarray) -> None:
         """Update the normaliser and, as PopArt does (arXiv 1602.07714), keep what the value head says."""

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servegym.agents.ppo.advantage import gae, group_relative, real_values
+from servegym.agents.ppo.advantage import comparable, gae, group_relative, real_values
 from servegym.agents.ppo.rollout import make_steps, make_tally
 
 
@@ -183,3 +183,12 @@ def test_renumbering_lanes_changes_nothing(seed):
     changed = advantages.copy()
     changed[:, size:] += 1
     np.testing.assert_array_equal(group_relative(steps, changed, size)[:, :size], expected[:, :size])
+
+
+def test_groups_count_alike_but_for_those_in_which_nothing_is_at_stake():
+    rng = np.random.default_rng(0)
+    large, small, flat = rng.normal(0, 100, (50, 4)), rng.normal(0, 20, (50, 4)), np.full((50, 4), 1e-3)
+    scaled = comparable(np.concatenate([large, small, flat], axis=1), 4).reshape(50, 3, 4)
+    spread = scaled.std((0, 2))
+    np.testing.assert_allclose(spread[:2], 1.0, rtol=0.01)
+    assert spread[2] < 1e-6

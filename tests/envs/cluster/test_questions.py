@@ -267,7 +267,7 @@ class Plain:
         keys = (
             lambda x: -x.order,
             lambda x: (-x.kv, -x.order),
-            lambda x: (self.left(x.r), -x.order),
+            lambda x: (-self.left(x.r), -x.order),
             lambda x: (-self.row["priority"][x.r], -self.req["arrived"][x.r], -x.r),
         )
         return list(dict.fromkeys(x.r for key in keys for x in sorted(running, key=key)[:2]))
