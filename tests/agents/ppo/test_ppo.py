@@ -44,7 +44,7 @@ def test_learns_to_dispatch():
     model = PPO(env, NetworkConfig(16, 1), config, seed=1)
     held_out = make_episodes(SCENARIO, 8, 1)
     before = mean_e2e(NetworkPolicy(model.network), held_out)
-    model.learn(40_000)
+    model.learn(60_000)
     assert mean_e2e(NetworkPolicy(model.network), held_out) < 0.8 * before
     random = mean_e2e(make_heuristic("random"), held_out)
     assert mean_e2e(NetworkPolicy(model.network), held_out) < 0.9 * random
