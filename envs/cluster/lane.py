@@ -82,7 +82,7 @@ def _restart_instance(world, l, i, prefix_tokens):
 # --- arrivals ---------------------------------------------------------------------------------------------
 
 
-@kernel
+@inlined
 def _skip_followers(world, l):
     """Move next_row to the next open-loop row; closed-loop turns come from the sleepers."""
     lane = world.lane[l]
@@ -90,7 +90,7 @@ def _skip_followers(world, l):
         lane.next_row += 1
 
 
-@kernel
+@inlined
 def _next_arrival(world, l):
     """Time and row of the next arrival, without taking it."""
     lane = world.lane[l]
@@ -104,7 +104,7 @@ def _next_arrival(world, l):
     return at, r
 
 
-@kernel
+@inlined
 def _take_arrival(world, l, at, r):
     """Request r reaches the router."""
     lane = world.lane[l]
@@ -121,7 +121,7 @@ def _take_arrival(world, l, at, r):
     lane.pending = r
 
 
-@kernel
+@inlined
 def default_instance(world, l):
     """The default rule for the pending request: fewest requests in flight, lowest index on ties."""
     lane = world.lane[l]

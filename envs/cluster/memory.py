@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from servegym.envs.cluster import prefix
-from servegym.envs.cluster.kernel import inlined, kernel
+from servegym.envs.cluster.kernel import inlined
 
 
 @inlined
@@ -24,7 +24,7 @@ def room(setting):
     return (setting.blocks - setting.watermark) * setting.block_tokens
 
 
-@kernel
+@inlined
 def fits(world, l, i, r):
     """Whether instance i may get request r: it does not drain, and holds the prompt and the longest output.
 

@@ -167,7 +167,7 @@ def observe_instances(world, frame, l):
     frame.globals[l, ALL_INFLIGHT] = inflight
 
 
-@kernel
+@inlined
 def observe_dispatch(world, frame, l):
     """The observation of the pending request's dispatch; call it once per decision, when it has arrived."""
     lane = world.lane[l]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.envs.cluster import prefix
-from servegym.envs.cluster.kernel import kernel
+from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.memory import blocks_of, setting_of
 from servegym.envs.cluster.observe import (
     COPY,
@@ -73,7 +73,7 @@ CAPS = 5  # offered caps: the token budget, halved from one to the next
 LEAST_CAP = 16
 
 
-@kernel
+@inlined
 def observe(world, frame, l):
     """Write the observation of lane l's open question; call it once per question, offers included."""
     lane = world.lane[l]

@@ -77,14 +77,16 @@ INSTANCE = _record(
     # The scrape: next tick, then the values of the last one.
     next_scrape="i8", scraped_at="i8", seen_running="f8", seen_waiting="f8", seen_usage="f8", seen_rise="f8",
     preemptions="i8", seen_preemptions="i8",
+    # Most prompt tokens of an iteration; requests in flight above the least urgent priority; free blocks of
+    # host memory; migration away (the request) and to here (the source), or NONE.
+    cap="i8", urgent="i8", host_free="i8", out="i8", inbound="i8",
     # Decodes: clock counts iterations; context sums the KV lengths; top is the largest offset to the clock.
     clock="i8", fresh="i8", context="i8", top="i8", next_finish="i8",
     # Blocks not held by requests; those of evictable prefix blocks count as free.
     free="i8",
-    # Most prompt tokens of an iteration; whether this schedule has preempted; copies that it waits for (ps);
-    # decode steps in flight whose blocks are taken; migration away and to here (request and source, or NONE),
-    # the request that has come and joins the batch next.
-    cap="i8", preempted="i8", copying="i8", booked_steps="i8", out="i8", inbound="i8", joiner="i8",
+    # Whether this schedule has preempted; copies that it waits for (ps); decode steps in flight whose blocks
+    # are taken; the request that has migrated here and joins the batch next.
+    preempted="i8", copying="i8", booked_steps="i8", joiner="i8",
     # Where a question interrupts the scheduler: which of its two calls, what it may see, the finished
     # requests that still hold memory.
     phase="i8", seen="i8", leaving="i8", leaving_count="i8",
@@ -94,9 +96,8 @@ INSTANCE = _record(
     head="i8", tail="i8", waiting="i8",
     # Prefix cache: blocks of KV a prefix block takes (0: off), idle ones in order of last use.
     unit_blocks="i8", unit_tokens="i8", units="i8", idle_units="i8", oldest="i8", newest="i8", spare="i8",
-    # Requests in flight above the least urgent priority; free blocks of host memory; end of the last copy on
-    # the link to host and network.
-    urgent="i8", host_free="i8", link_until="i8",
+    # End of the last copy on the link to host and network.
+    link_until="i8",
     # Migration away: where to, how far, tokens copied, blocks reserved there, end of the copy; of the request
     # that joins: its KV tokens and blocks; time of the last pair.
     out_to="i8", out_phase="i8", out_stage="i8", out_copied="i8", out_reserved="i8", out_until="i8",
