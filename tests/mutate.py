@@ -17,11 +17,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("servegym", "envs", "agents", "models", "runtime", "tests/envs/cluster", "pyproject.toml")
-TESTS = "tests/envs/cluster/test_engine.py"
-ENGINE, PREFIX, LANE = "envs/cluster/engine.py", "envs/cluster/prefix.py", "envs/cluster/lane.py"
+TESTS = ("tests/envs/cluster/test_engine.py", "tests/envs/cluster/test_mechanisms.py")
+ENGINE, PREFIX, LANE, MEMORY, MIGRATION, PREEMPTION = (
+    f"envs/cluster/{name}.py" for name in ("engine", "prefix", "lane", "memory", "migration", "preemption")
+)
 MUTATIONS = (
-    (ENGINE, "        if blocks < 0:\n", "        if blocks < -1:\n", "a stretch may run one block short"),
-    (ENGINE, "        not preempted\n        and inst.head", "        inst.head",
+    (MEMORY, "        if blocks < 0:\n", "        if blocks < -1:\n", "a stretch may run one block short"),
+    (ENGINE, "        not inst.preempted\n        and inst.head", "        inst.head",
      "admission in a step that preempted"),
     (ENGINE, "max(gaps[k], gap)", "gap", "the longest gap is the latest"),
     (ENGINE, "prefix.match(world, l, i, row, goal - 1)", "prefix.match(world, l, i, row, goal)",
@@ -30,6 +32,12 @@ MUTATIONS = (
      "evict the most recently used prefix"),
     (LANE, "if at <= until and r != NONE:", "if at < until and r != NONE:",
      "iterations before arrivals at equal times"),
+    (ENGINE, "max(now, inst.link_until) + inst.copying", "now + inst.copying",
+     "a swap does not wait for the link"),
+    (MIGRATION, "if left <= world.episode", "if left < world.episode", "one block fewer in the last copy"),
+    (MIGRATION, "    world.instance[l, d].free += source.out_reserved\n", "",
+     "an aborted migration keeps its memory"),
+    (PREEMPTION, "        inst.host_free -= blocks\n", "", "host memory has no end"),
 )  # fmt: skip
 
 
@@ -51,7 +59,7 @@ def survives(mutation: tuple[str, str, str, str]) -> bool:
             raise SystemExit(f"{file}: {old!r} stands there {text.count(old)} times; mend the mutation")
         (copy / file).write_text(text.replace(old, new))
         environment = {**os.environ, "PYTHONPATH": folder, "NUMBA_CACHE_DIR": folder}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
         tests = subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False)
         return tests.returncode == 0
 
