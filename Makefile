@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STEPS ?= 1000000
 RUN ?= runs/quickstart
+TEACHER ?= lmetric+llumnix+victim_cost_aware+budget_tpot
 # Without an NVIDIA driver the CPU build of torch saves gigabytes; TORCH_INDEX= leaves the choice to pip.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 
 train: $(INSTALLED)
 	rm -rf $(RUN)
-	$(PY) train.py --env ServeGym/Cluster-v0 --scenario mixed -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard
+	$(PY) train.py --env ServeGym/Cluster-v0 --scenario mixed --reward goodput --ppo.gae-horizon-s 8 --imitate $(TEACHER) -n $(STEPS) -f $(RUN) --tensorboard-log $(RUN)/tensorboard
 	$(PY) export.py -i $(RUN)/Cluster-v0/ppo-mixed-s0 -o $(RUN)/bundle
 	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.8 -f $(RUN)/evaluation
 
