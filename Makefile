@@ -21,7 +21,7 @@ train: $(INSTALLED)
 	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.8 -f $(RUN)/evaluation
 
 test: $(INSTALLED)
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -m "not slow and not vllm and not envoy"
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -q -m slow

@@ -1,0 +1,1 @@
+"""Measures the runtime on a device and writes a cost profile."""

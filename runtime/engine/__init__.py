@@ -1,0 +1,1 @@
+"""The thin runtime: a real transformer with a paged KV cache, scheduled like the cluster model."""

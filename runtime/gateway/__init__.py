@@ -1,0 +1,1 @@
+"""An endpoint picker in front of real engines, behind Envoy."""

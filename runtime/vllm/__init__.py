@@ -1,0 +1,1 @@
+"""The bundle inside and between vLLM engines."""
