@@ -146,7 +146,7 @@ class _Tables:
 
 
 def _hat(knots: Sequence[int], x: float) -> np.ndarray:
-    """Weights of the knots in the linear interpolation at x; the last segment goes on beyond the last knot."""
+    """Weights of the knots in the interpolation at x; the last segment goes on beyond the last knot."""
     at = np.asarray(knots, dtype=float)
     weights = np.zeros(len(at))
     if len(at) == 1 or x <= at[0]:

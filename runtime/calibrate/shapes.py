@@ -1,4 +1,4 @@
-"""Which iterations are measured: a grid that spans the profile's tables, random ones between, others kept back.
+"""Which iterations are measured: a grid over the profile's tables, random ones between, others kept back.
 
 A shape is what the cost model is asked for: the KV length that each decode reads, and (new, past) tokens of
 each prefill chunk. Shapes are drawn log-uniformly, so that small batches get as many points as large ones.
@@ -182,8 +182,8 @@ def _chunks(budget: int, limits: Limits, rng: np.random.Generator) -> tuple[tupl
     """One to three chunks; every other time they use up the budget, as they do under load."""
     budget = min(budget, limits.max_context)
     total = budget if rng.random() < 0.5 else _draw(1, budget, rng)
-    cuts = np.sort(rng.integers(1, total, min(int(rng.integers(3)), total - 1))) if total > 1 else []
-    sizes = np.diff([0, *cuts, total])
+    cuts = rng.integers(0, total, int(rng.integers(3)))
+    sizes = np.diff([0, *np.sort(cuts), total])
     pasts = ((rng.random() < 0.5 and _draw(1, limits.max_context, rng)) or 0 for _ in sizes)
     chunks = (
         (int(new), min(past, limits.max_context - int(new))) for new, past in zip(sizes, pasts, strict=True)

@@ -1,6 +1,7 @@
-"""Rounds in random order, a forgotten warm-up, no garbage collection, and neighbours that must not fail unseen."""
+"""Rounds in random order, a forgotten warm-up, no garbage collection; a neighbour does not fail unseen."""
 
 import gc
+from itertools import pairwise
 from threading import Event
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_each_round_has_every_shape_once_in_an_order_of_its_own():
     assert len(bench.ran) == 80
     assert all(set(one) == set(SHAPES) for one in rounds)
     assert all(one != SHAPES for one in rounds)
-    assert all(a != b for a, b in zip(rounds, rounds[1:], strict=False))
+    assert all(a != b for a, b in pairwise(rounds))
     np.testing.assert_array_equal(seconds, np.repeat(np.arange(1.0, 21.0)[:, None], 3, axis=1))
 
 
