@@ -1,8 +1,8 @@
 """Real vLLM servers of a small model on this machine: started, waited for, killed.
 
-For tests, benchmarks and examples. vLLM lives in an interpreter of its own, which `vllm_python` finds; nothing
-of it is imported here. A server listens on loopback, computes on one thread, writes one log file, and dies with
-its process group: at the end of `launch`, and at the end of this process at the latest.
+For tests, benchmarks and examples. vLLM lives in an interpreter of its own, which `vllm_python` finds;
+nothing of it is imported here. A server listens on loopback, computes on one thread, writes one log file, and
+dies with its process group: at the end of `launch`, and at the end of this process at the latest.
 """
 
 from __future__ import annotations
@@ -102,12 +102,7 @@ class Engine:
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 command,
-                env={
-                    **os.environ,
-                    **ENVIRONMENT,
-                    "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
-                    **settings.environment,
-                },
+                env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -95,28 +95,32 @@ def tokenizer(rng: np.random.Generator) -> Tokenizer:
 
 
 def weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Normal weights that keep the variance of what flows through them, so that answers are not all alike."""
+    """Normal weights; `gain` is how much a matrix amplifies.
 
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return rng.normal(0.0, columns**-0.5, (rows, columns)).astype(np.float32)
+    With gains of 1 greedy answers soon repeat a few tokens, and a lost one would go unnoticed. Sharp
+    attention that outweighs the rest makes them depend on the whole context; a wide head keeps the two best
+    tokens apart.
+    """
 
-    shapes = {
-        "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+        return rng.normal(0.0, gain * columns**-0.5, (rows, columns)).astype(np.float32)
+
+    parts = {
+        "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN, 3.0),
+        "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN, 3.0),
         "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+        "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM, 3.0),
         "mlp.gate_proj": (WIDE, HIDDEN),
         "mlp.up_proj": (WIDE, HIDDEN),
-        "mlp.down_proj": (HIDDEN, WIDE),
+        "mlp.down_proj": (HIDDEN, WIDE, 0.3),
     }
     ones = np.ones(HIDDEN, np.float32)
     made = {"model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN), "model.norm.weight": ones}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
-        made |= {f"{at}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        made |= {f"{at}.{name}.weight": matrix(*part) for name, part in parts.items()}
         made |= {f"{at}.{name}.weight": ones for name in ("input_layernorm", "post_attention_layernorm")}
-    # Four times wider than the variance asks for: the best two tokens are then seldom close.
-    made["lm_head.weight"] = 4 * matrix(VOCABULARY, HIDDEN)
+    made["lm_head.weight"] = matrix(VOCABULARY, HIDDEN, 4.0)
     return made
 
 
