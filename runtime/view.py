@@ -21,17 +21,10 @@ import math
 from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import Path
-from typing import Any
 
 from servegym.envs.cluster.schema import HISTORY
-from servegym.envs.cluster.settings import DECODE_CONTEXT, DECODE_REQUESTS, Setting, setting_of_spec
-from servegym.envs.cluster.spec import InstanceSpec
-from servegym.envs.cluster.state import PS
-from servegym.envs.costs.profile import Profile, load_profile
-from servegym.envs.costs.reference import ReferenceCosts
-from servegym.envs.costs.tables import cost_tables
 from servegym.errors import InputError
+from servegym.runtime.fleet import Fleet, InstanceSettings
 
 RATE_MEMORY_S = 10.0
 
@@ -94,76 +87,6 @@ class RequestView:
     def left_tokens(self) -> int:
         """Predicted output still to come, at least 0."""
         return max(self.predicted_tokens - self.streamed_tokens, 0)
-
-
-@dataclass(frozen=True, eq=False)
-class InstanceSettings:
-    """One engine replica as it was started: its cost profile and its settings in the model's units.
-
-    `InstanceSettings.of("a100-llama-3.1-8b", kv_blocks=4096)` makes one.
-
-    Attributes:
-        profile: what its iterations cost.
-        setting: blocks, budgets, swap and network costs; see `Setting`.
-        prefill_tokens_per_s: of one full chunk without past.
-        decode_tokens_per_s: of 64 requests (at most max_seqs) of 1,024 tokens.
-        stays: whether it is meant to stay; others drain at a time that is known beforehand.
-    """
-
-    profile: Profile
-    setting: Setting
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    stays: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        spec: InstanceSpec | str | Path,
-        *,
-        prefix_caching: bool = True,
-        migrates: bool = False,
-        **settings: Any,
-    ) -> InstanceSettings:
-        """Settings from a spec, or from a profile's name or path and fields of `InstanceSpec`.
-
-        Raises:
-            InputError: unknown profile, or settings that contradict each other.
-        """
-        if not isinstance(spec, InstanceSpec):
-            known = [name for name in InstanceSpec.__dataclass_fields__ if name != "profile"]
-            for name in settings:
-                if name not in known:
-                    raise InputError(spec, "settings", name, f"choose from {', '.join(known)}")
-            spec = InstanceSpec(str(spec), **settings)
-        elif settings:
-            raise InputError(spec.profile, "settings", sorted(settings), "put them into the spec")
-        profile = load_profile(spec.profile)
-        setting = setting_of_spec("instance", spec, profile, prefix_caching=prefix_caching, migrates=migrates)
-        return cls(profile, setting, *_speeds(profile, setting), stays=spec.drain_at_s is None)
-
-    @property
-    def kv_tokens(self) -> int:
-        """KV capacity in tokens."""
-        return self.setting.blocks * self.setting.block_tokens
-
-    @property
-    def room_tokens(self) -> int:
-        """Tokens that it can hold when nothing else is there."""
-        return (self.setting.blocks - self.setting.watermark) * self.setting.block_tokens
-
-    def blocks_of(self, tokens: int) -> int:
-        """KV blocks that hold so many tokens."""
-        return -(-tokens // self.setting.block_tokens)
-
-
-def _speeds(profile: Profile, setting: Setting) -> tuple[float, float]:
-    """Tokens per second of prefill and decode, as the model quotes them."""
-    costs = ReferenceCosts(cost_tables([profile], setting.budget, setting.max_seqs))
-    prefill = setting.budget / (costs.iteration_ps(0, [], [(setting.budget, 0)]) / PS)
-    n = min(DECODE_REQUESTS, setting.max_seqs)
-    length = max(1, min(DECODE_CONTEXT, setting.blocks * setting.block_tokens // n))
-    return prefill, n / (costs.iteration_ps(0, [length] * n, []) / PS)
 
 
 @dataclass(slots=True, eq=False)
@@ -332,6 +255,7 @@ class ClusterView:
     def __post_init__(self) -> None:
         if not self.instances:
             raise InputError("cluster view", "instances", [], "give at least one")
+        self.fleet = Fleet([instance.settings for instance in self.instances])
 
     def arrived(self, request: RequestView) -> None:
         """A request has reached the router."""
@@ -372,6 +296,11 @@ class ClusterView:
             hit = target.cached_tokens(request, request.prompt_tokens - 1)
             request.booked_tokens = request.prompt_tokens - hit
         target.enter(request, is_urgent)
+
+    def largest_room(self) -> int:
+        """Tokens that the largest instance holds, of those that take requests and are meant to stay."""
+        able = [x.settings for x in self.instances if x.available]
+        return max((s.room_tokens for s in [s for s in able if s.stays] or able), default=0)
 
     def _is_urgent(self, request: RequestView) -> bool:
         return request.priority < self.least_urgent

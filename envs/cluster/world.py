@@ -27,7 +27,7 @@ from servegym.envs.cluster.state import (
 )
 from servegym.envs.costs import Profile, cost_tables, load_profile
 from servegym.envs.costs.model import iteration_ps, prefill_ps, stretch_ps
-from servegym.envs.costs.tables import CostTables
+from servegym.envs.costs.tables import CostTables, glance
 from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
@@ -86,7 +86,7 @@ def build_world(
         episode=bank,
         setting=settings,
         fleet_size=sizes,
-        glance=_glance(tables),
+        glance=glance(tables),
         **tables._asdict(),
     )
     seed_lanes(world, seed)
@@ -115,12 +115,6 @@ def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: 
     setting = setting_of_spec(where, spec, profile, prefix_caching=cluster.prefix_caching, migrates=migrates)
     known = {"profile": index, "prefill_tokens_per_s": 0.0, "decode_tokens_per_s": 0.0, **setting._asdict()}
     return tuple(known[name] for name in SETTING.names or ())
-
-
-def _glance(tables: CostTables) -> np.ndarray:
-    """Decode steps of equally long requests, as observations want them: one line of memory for each look."""
-    fixed = tables.linear[:, : tables.head.shape[1]] + tables.head
-    return np.stack([tables.decode_base + fixed[..., None], tables.decode_slope], -1).astype(np.float32) / PS
 
 
 def _odd_lines(entries: int) -> int:

@@ -11,6 +11,7 @@ from servegym.envs.costs.profile import Curve, Profile, Surface, extended
 from servegym.errors import InputError
 
 PS_PER_US = 1_000_000
+PS_PER_S = 1_000_000_000_000
 
 
 class CostTables(NamedTuple):
@@ -70,6 +71,17 @@ def cost_tables(profiles: Sequence[Profile], max_tokens: int, max_sequences: int
     for row in rows:
         _pad(row, sizes)
     return CostTables(**{name: np.stack([row[name] for row in rows]) for name in CostTables._fields})
+
+
+def glance(tables: CostTables) -> np.ndarray:
+    """Decode steps of equally long requests, as observations want them: one line of memory for each look.
+
+    Returns:
+        float32 [P, S + 1, J, 2]: seconds of a step at each knot, and for each token of context beyond it.
+    """
+    fixed = tables.linear[:, : tables.head.shape[1]] + tables.head
+    steps = np.stack([tables.decode_base + fixed[..., None], tables.decode_slope], -1)
+    return steps.astype(np.float32) / PS_PER_S
 
 
 def _tables(profile: Profile, max_tokens: int, max_sequences: int) -> dict[str, np.ndarray]:
