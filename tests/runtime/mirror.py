@@ -191,7 +191,7 @@ def assert_same(question: Question, obs: dict[str, np.ndarray], world: World) ->
         found = question.obs[name]
         assert found.dtype == expected.dtype and found.shape == expected.shape, name
         if expected.dtype == np.float32:
-            np.testing.assert_allclose(found, expected, rtol=3e-7, atol=0, err_msg=f"{question.kind} {name}")
+            np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-9, err_msg=f"{question.kind} {name}")
         else:
             np.testing.assert_array_equal(found, expected, err_msg=f"{question.kind} {name}")
     assert sorted(question.actions) == np.flatnonzero(obs["mask"][0]).tolist()
