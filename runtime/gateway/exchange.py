@@ -2,9 +2,9 @@
 
 The protocol is the Endpoint Picker Protocol 1.0 of the Gateway API Inference Extension (its
 docs/proposals/004-endpoint-picker-protocol): the pick goes into the header and into the `envoy.lb` dynamic
-metadata `x-gateway-destination-endpoint`, best engine first, the next ones for retries; `envoy.lb.subset_hint`
-restricts it; the engine that served comes back in `x-gateway-destination-endpoint-served`; 503 without an
-engine, 429 for what is shed.
+metadata `x-gateway-destination-endpoint`, best engine first, the next ones for retries;
+`envoy.lb.subset_hint` restricts it; the engine that served comes back in
+`x-gateway-destination-endpoint-served`; 503 without an engine, 429 for what is shed.
 
 Two processing modes of bodies are understood, by what Envoy says in `protocol_config`:
 
@@ -201,6 +201,7 @@ class Exchange:
         if self._wants_body(message.response_headers.end_of_stream, now) and not self._duplex_out:
             response.mode_override.response_header_mode = ProcessingMode.SEND
             response.mode_override.response_body_mode = _STREAMED
+            response.mode_override.response_trailer_mode = ProcessingMode.SEND
         return response
 
     def _wants_body(self, is_empty: bool, now: float) -> bool:

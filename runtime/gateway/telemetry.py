@@ -1,4 +1,4 @@
-"""What operators see: Prometheus metrics on a port of their own, and one JSON object a line on standard error."""
+"""What operators see: Prometheus metrics on a port of their own, and lines of JSON on standard error."""
 
 from __future__ import annotations
 
