@@ -1,4 +1,4 @@
-"""The latency predictor's protocol: answers as llm-d's own server gives them, refusals that name the field."""
+"""The latency predictor's protocol: answers as llm-d's own server gives, refusals that name the field."""
 
 import asyncio
 import json
