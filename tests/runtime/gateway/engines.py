@@ -101,7 +101,8 @@ class FakeEngine:
         await writer.drain()
 
     def _plain(self, writer: asyncio.StreamWriter, status: int, body: bytes, extra: str = "") -> None:
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n{extra}\r\n"
+        kind = "content-type: application/json"
+        head = f"HTTP/1.1 {status} X\r\n{kind}\r\ncontent-length: {len(body)}\r\n{extra}\r\n"
         writer.write(head.encode() + body)
 
     async def _generate(self, writer: asyncio.StreamWriter, ask: dict) -> None:
