@@ -24,12 +24,15 @@ class BlockCopier:
     """`migration.Copier` for instances of one process.
 
     Attributes:
-        seconds: what each copy took, with its number of blocks.
+        seconds: blocks and seconds of each copy.
+        downtimes: blocks of each migration, and seconds from the stop at its source until all its KV was at
+            its target.
     """
 
     def __init__(self, instances: Sequence[Instance], lock: RLock) -> None:
         self.instances, self.lock = instances, lock
         self.seconds: list[tuple[int, float]] = []
+        self.downtimes: list[tuple[int, float]] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._busy = Lock()
         self._thread = Thread(target=self._work, name="copier", daemon=True)
@@ -64,6 +67,9 @@ class BlockCopier:
             with self.lock:
                 if job.migration.phase is not Phase.ABORTED:
                     job.migration.end_copy()
+                if job.migration.phase is Phase.COMMITTED:
+                    down = self.instances[0].clock() - job.migration.stopped_s
+                    self.downtimes.append((job.migration.copied, down))
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """One engine replica: a model, its KV memory and a scheduler, one iteration after the other.
 
-Instances of one process share weights and a lock, which guards all schedulers; a forward pass runs outside it.
+Instances of one process share weights and a lock, which guards all schedulers; forward passes run outside it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Instance:
                 "engine", "kv_blocks", setting.blocks, "so many do not fit the memory"
             ) from error
         self.swap = SwapSpace(self.cache, setting.host_blocks, setting.swap_group)
-        self.changed = Condition(lock or RLock())
+        self.lock = lock or RLock()
+        self.changed = Condition(self.lock)
         self.scheduler = Scheduler(setting, self.swap, number, unit_tokens, kick=self._kick, **options)
         self.graphs: DecodeGraphs | None = None
         self.on_done: Callable[[list[Request]], None] = lambda _: None
@@ -110,11 +111,12 @@ class Instance:
         """Forget all requests and everything that is cached."""
         with self.changed:
             self.scheduler.clear()
+            self._stopped = False
 
     # --- iterations -------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Run a small request, which makes torch initialise itself, and capture CUDA graphs; then forget it all."""
+        """Run a small request, so that torch initialises itself, and capture CUDA graphs."""
         self.submit(make_request(0, [0, 0], 2))
         while self.step():
             pass
@@ -175,7 +177,7 @@ class Instance:
 
 def step_all(instances: Iterable[Instance]) -> bool:
     """An iteration of each in turn, on this thread; False where none had anything to run."""
-    return any([instance.step() for instance in instances])
+    return any(list(map(Instance.step, instances)))
 
 
 def keep_freed_memory() -> None:

@@ -1,9 +1,9 @@
 """A decoder-only transformer over a paged KV cache: RoPE, grouped queries, RMSNorm, SwiGLU.
 
-Two runs of the same request give the same tokens as far as rounding allows. Sums in another order, because the
-batch or the chunks of the prompt are others, move logits by about 1e-6 of their size in float32 and 1e-15 in
-float64; greedy decoding sees that only where the best two logits are closer than that. Nothing else depends on
-what is in the batch: preemption, swap, migration and prefix reuse change no value.
+Two runs of the same request give the same tokens as far as rounding allows. Sums in another order, because
+the batch or the chunks of the prompt are others, move logits by about 1e-6 of their size in float32 and 1e-15
+in float64; greedy decoding sees that only where the best two logits are closer than that. Nothing else depends
+on what is in the batch: preemption, swap, migration and prefix reuse change no value.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
-        """Logits after the last token of each request, [S, vocabulary]; writes the batch's KV to the cache."""
+        """Logits after each request's last token, [S, vocabulary]; writes the batch's KV to the cache."""
         c = self.config
         turned = c.heads + c.kv_heads  # heads that are rotated: queries and keys
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]

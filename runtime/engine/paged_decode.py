@@ -1,8 +1,8 @@
 """Decode attention that reads the paged cache in place: a Triton kernel, split along the context.
 
-One program takes one request, one key head with its group of query heads, and one part of the context; a second
-kernel joins the parts. Splits keep a GPU busy with few long requests, which alone would occupy few of its
-processors (Flash-Decoding). Empty parts leave at once.
+One program takes one request, one key head with its group of query heads, and one part of the context; a
+second kernel joins the parts. Splits keep a GPU busy with few long requests, which alone would occupy few of
+its processors (Flash-Decoding). Empty parts leave at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 
 LEAST_TOKENS = 512  # context of a part, unless there are MOST_SPLITS of them
 MOST_SPLITS = 32
+TILE_TOKENS = 64  # read at once
 
 
 @triton.jit
@@ -107,7 +108,8 @@ def paged_decode(
     _part[(n, kv_heads, splits)](
         q, keys, values, tables, lengths, parts, dim**-0.5,
         tables.stride(0), keys.stride(0), keys.stride(1),
-        heads, kv_heads, dim, block_tokens, max(16, triton.next_power_of_2(heads // kv_heads)), splits, LEAST_TOKENS, 64,
+        heads, kv_heads, dim, block_tokens, max(16, triton.next_power_of_2(heads // kv_heads)), splits,
+        LEAST_TOKENS, TILE_TOKENS,
         num_warps=4,
     )  # fmt: skip
     _join[(n, heads)](parts, lengths, result, heads, dim, splits, LEAST_TOKENS)

@@ -4,8 +4,8 @@
 together, decision by decision. An iteration takes, under a token budget,
 
 1. every decoding request, one token each, and the one prompt that is partly computed, as many tokens as the
-   budget leaves. While their blocks do not fit, a running request gives way: the last admitted under FCFS, the
-   largest (priority, arrival) under priorities, or whom `choose_victim` names.
+   budget leaves. While their blocks do not fit, a running request gives way: the last admitted under FCFS,
+   the largest (priority, arrival) under priorities, or whom `choose_victim` names.
 2. the request that has migrated here, if its next token fits.
 3. if nobody gave way: waiting requests in order, while there is budget, a free sequence and room for their
    blocks; the first that does not fit stops the admission.

@@ -2,8 +2,8 @@
 
 A copy takes a run of neighbouring host blocks, at most `group` of them: the blocks are gathered on the device
 and travel together, as FastSwitch's block groups do (arXiv 2411.18424). With a group of 1 every block goes
-layer by layer, keys and values apart, 2 x layers copies a block, as in vLLM 0.x. On CUDA host memory is pinned
-and copies run on a stream of their own, beside the next iteration where it need not wait for them.
+layer by layer, keys and values apart, 2 x layers copies a block, as in vLLM 0.x. On CUDA host memory is
+pinned, and copies run on a stream of their own, beside the next iteration where it need not wait for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The runtime's scheduler beside the reference simulator's: the same decisions, and every token's KV in its place."""
+"""The runtime's scheduler beside the reference simulator's: equal decisions, every token's KV in its place."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from servegym.envs.cluster.reference_instance import Instance as ReferenceInstan
 from servegym.envs.cluster.reference_migration import Migration as ReferenceMigration
 from servegym.envs.cluster.settings import GIB, Setting, setting_of_spec
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec, Migration
-from servegym.envs.cluster.state import NEVER, World
+from servegym.envs.cluster.state import World
 from servegym.envs.cluster.world import build_world
 from servegym.envs.costs import load_profile
 from servegym.envs.workloads.workload import make_workload
@@ -46,7 +46,7 @@ class Contents:
 
 
 class Twin:
-    """The runtime's scheduler of one instance, which does what the reference's does and must end up the same."""
+    """The runtime's scheduler of one instance: told what the reference is told, it must end up the same."""
 
     def __init__(self, play, number, setting, unit_tokens):
         self.play, self.number, self.unit_tokens = play, number, unit_tokens if setting.caching else 0
@@ -264,12 +264,8 @@ def plays(draw):
     for setting in world.setting[0]:
         setting["net_call"] = round(rng.choice([0.0, 20.0, 200.0]) * MS)
         setting["net_block"] = round(rng.choice([0.0, 2.0]) * MS)
-    made = [
-        setting_of_spec(
-            "test", s, load_profile(PROFILE), prefix_caching=cluster.prefix_caching, migrates=True
-        )
-        for s in specs
-    ]
+    profile, caching = load_profile(PROFILE), cluster.prefix_caching
+    made = [setting_of_spec("test", s, profile, prefix_caching=caching, migrates=True) for s in specs]
     return Case(world, made, draw(st.integers(0, 2**32)))
 
 
@@ -314,20 +310,11 @@ def test_random_plays_have_everything_in_them():
     assert min(SEEN.values()) > EXAMPLES // 20, SEEN
 
 
-def setting(**changes):
-    values = Setting(
-        blocks=10, block_tokens=4, budget=8, max_seqs=4, watermark=0, by_priority=False, reserve=True,
-        caching=True, asynchronous=False, host_blocks=0, by_swap=False, swap_call=0, swap_block=0,
-        swap_group=1, overlap=0, net_call=0, net_block=0, drain=NEVER,
-    )  # fmt: skip
-    return values._replace(**changes)
-
-
 @pytest.mark.parametrize(
     ("changes", "unit_tokens", "field"),
     [({"asynchronous": True}, 0, "async_scheduling"), ({}, 6, "prefix_block_tokens")],
 )
-def test_refuses_what_it_cannot_schedule(changes, unit_tokens, field):
+def test_refuses_what_it_cannot_schedule(changes, unit_tokens, field, setting):
     with pytest.raises(InputError) as caught:
         Scheduler(setting(**changes), Contents(10, 0), unit_tokens=unit_tokens)
     assert caught.value.field == field
