@@ -39,7 +39,7 @@ HOLD = (
 Config = dict[str, Any]
 
 
-def envoy_config(settings: Settings, endpoints: list[Endpoint], picker_port: int, admin: str) -> Config:
+def envoy_config(settings: Settings, endpoints: list[Endpoint], admin: str) -> Config:
     """Envoy's bootstrap.
 
     Args:
@@ -49,7 +49,7 @@ def envoy_config(settings: Settings, endpoints: list[Endpoint], picker_port: int
         "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
         "static_resources": {
             "listeners": [_listener(settings)],
-            "clusters": [_engines(settings, endpoints), _picker(settings.host, picker_port)],
+            "clusters": [_engines(settings, endpoints), _picker(settings.host, settings.picker_port)],
         },
     }
 
@@ -212,7 +212,7 @@ class Envoy:
         self._process, self._folder = process, folder
 
     @classmethod
-    async def start(cls, settings: Settings, endpoints: list[Endpoint], picker_port: int) -> Envoy:
+    async def start(cls, settings: Settings, endpoints: list[Endpoint]) -> Envoy:
         """Start an Envoy and wait until it serves.
 
         Raises:
@@ -221,7 +221,7 @@ class Envoy:
         binary = find_envoy(settings.envoy_binary)
         folder = tempfile.TemporaryDirectory(prefix="servegym-envoy-")
         path = Path(folder.name) / "envoy.json"
-        config = envoy_config(settings, endpoints, picker_port, f"{folder.name}/admin")
+        config = envoy_config(settings, endpoints, f"{folder.name}/admin")
         path.write_text(json.dumps(config), encoding="utf-8")
         arguments = ["-c", str(path), "--use-dynamic-base-id", "-l", "error"]
         arguments += ["--concurrency", str(settings.envoy_threads)]

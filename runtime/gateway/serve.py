@@ -46,7 +46,6 @@ class Gateway:
 
     Attributes:
         picker, telemetry: for tests and for embedding.
-        picker_port: where it listens once it runs.
     """
 
     def __init__(self, settings: Settings, policy: str, fallback: str | None = None) -> None:
@@ -66,7 +65,6 @@ class Gateway:
             max(service.priority for service in self.classes.values()),
         )
         self.picker = Picker(books, decider, settings)
-        self.picker_port = settings.picker_port
         self._watch = Watch(settings.watch_per_s)
         self._begin = time.monotonic()
         self._ending = asyncio.Event()
@@ -90,7 +88,7 @@ class Gateway:
             background = await self._start(stack, tasks)
             envoy = None
             if self.settings.envoy:
-                envoy = await Envoy.start(self.settings, self.endpoints, self.picker_port)
+                envoy = await Envoy.start(self.settings, self.endpoints)
                 stack.push_async_callback(envoy.stop)
             self._listen_to_signals(stack, tasks)
             # What lives now lives on: the collector need not look at it while requests wait.
@@ -108,7 +106,7 @@ class Gateway:
         """The picker: its server, metrics, scrapes and events; returns when every engine was asked once."""
         settings, books = self.settings, self.picker.books
         server = Server(self._open_exchange, settings.max_body_bytes)
-        self.picker_port = await server.start(settings.host, settings.picker_port)
+        await server.start(settings.host, settings.picker_port)
         stack.push_async_callback(server.stop, 1.0)
         stack.callback(self.picker.decider.close)
         try:
@@ -196,7 +194,7 @@ class Gateway:
     def _addresses(self) -> dict[str, str]:
         host, settings = self.settings.host, self.settings
         addresses = {
-            "picker": f"{host}:{self.picker_port}",
+            "picker": f"{host}:{settings.picker_port}",
             "metrics": f"http://{host}:{settings.metrics_port}",
         }
         return {"serves": f"http://{host}:{settings.port}", **addresses} if settings.envoy else addresses

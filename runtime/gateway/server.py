@@ -52,20 +52,19 @@ class Server:
         ext_proc.add_ExternalProcessorServicer_to_server(Processor(open_exchange), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port, which is another for 0.
+    async def start(self, host: str, port: int) -> None:
+        """Listen.
 
         Raises:
             InputError: the port is taken.
         """
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise InputError("gateway", "picker_port", port, "cannot listen there; choose another") from error
         await self._server.start()
         await self._health.set("liveness", health_pb2.HealthCheckResponse.SERVING)
         await self.set_ready(False)
-        return bound
 
     async def set_ready(self, ready: bool) -> None:
         """Tell health checks whether requests are welcome."""

@@ -39,9 +39,7 @@ def test_token_ids_are_taken_as_they_are():
 
 
 def test_class_session_and_service_level_come_from_headers():
-    found = ask(
-        {"prompt": "x"}, x_gateway_inference_objective="batch", x_session_id="s", x_slo_ttft_ms="250"
-    )
+    found = ask({"prompt": "x"}, x_gateway_inference_objective="batch", x_session_id="s", x_slo_ttft_ms="250")
     assert (found.service, found.priority, found.weight) == ("batch", 5, 0.5)
     assert (found.ttft_s, found.tpot_s, found.session) == (0.25, 0.2, "s")
 
