@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -16,7 +17,7 @@ from servegym.envs.costs.profile import Error, Link, Profile, Provenance
 from servegym.runtime.calibrate.bench import EngineBench
 from servegym.runtime.calibrate.fit import errors, fit, with_parts
 from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
-from servegym.runtime.calibrate.machine import Machine, memory_bandwidth
+from servegym.runtime.calibrate.machine import Machine, host_bandwidth, memory_bandwidth
 from servegym.runtime.calibrate.measure import beside, measure, typical
 from servegym.runtime.calibrate.shapes import Axes, Design, Limits, design
 from servegym.runtime.calibrate.start import start_costs
@@ -191,16 +192,20 @@ def _copies(
     found = {}
     for group in sorted({1, options.swap_group}):
         for k, way in enumerate(("out", "in")):
-            found[f"swap {way}, {group} a call"] = taken(
-                lambda n, k=k, group=group: time_swap(instance, n, group)[k], group
-            )
-    found["to another instance"] = taken(lambda n: time_transfer(instance, target, n), most)
+            swap_one_way = partial(_swap, instance, group, k)
+            found[f"swap {way}, {group} a call"] = taken(swap_one_way, group)
+    found["to another instance"] = taken(partial(time_transfer, instance, target), most)
     both = [found[f"swap {way}, {options.swap_group} a call"] for way in ("out", "in")]
     mean = replace(both[0], seconds=np.mean([copies.seconds for copies in both], axis=0))
     swap, swap_error = fit_link(mean, 2 * config.layers)
     network, network_error = fit_link(found["to another instance"])
     links, linked = {"swap": swap, "network": network}, {"swap": swap_error, "network": network_error}
     return found, links, linked
+
+
+def _swap(instance: Instance, group: int, way: int, blocks: int) -> float:
+    """Seconds of a swap of so many blocks; way 0 is out, 1 is back in."""
+    return time_swap(instance, blocks, group)[way]
 
 
 def _figures(instance: Instance, target: Instance, options: Options) -> dict[str, float]:
@@ -213,6 +218,9 @@ def _figures(instance: Instance, target: Instance, options: Options) -> dict[str
         f"decode attention at batch {batch}, context {context}, GB/s": reached / 1e9,
         "share of the memory bandwidth, %": 100 * reached / bandwidth,
     }
+    if instance.model.device.type == "cuda":
+        for pinned, kind in ((True, "pinned"), (False, "pageable")):
+            figures[f"one copy from {kind} host memory, GB/s"] = host_bandwidth(pinned) / 1e9
     for tokens in DOWNTIME_CONTEXTS:
         if tokens < options.limits.max_context:
             taken = [migration_downtime(instance, target, tokens) for _ in range(options.rounds)]

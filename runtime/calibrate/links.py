@@ -68,7 +68,8 @@ def fit_link(copies: Copies, calls_each: int = 1) -> tuple[Link, Error]:
     predicted = latency * copies.calls + per_byte * copies.bytes
     error = relative_error(predicted[every_other], copies.seconds[every_other])
     latency, per_byte = _solve(copies, np.ones(len(copies.seconds), dtype=bool))
-    return Link(float(f"{latency / calls_each:.5g}"), float(f"{1 / max(per_byte, 1 / FASTEST):.5g}")), error
+    call, rate = latency / calls_each, 1 / max(per_byte, 1 / FASTEST)
+    return Link(seconds_per_call=float(f"{call:.5g}"), bytes_per_second=float(f"{rate:.5g}")), error
 
 
 def _solve(copies: Copies, use: np.ndarray) -> tuple[float, float]:

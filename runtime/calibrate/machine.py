@@ -57,6 +57,15 @@ def memory_bandwidth(device: str) -> float:
     return 2 * source.nbytes / best
 
 
+def host_bandwidth(pinned: bool) -> float:
+    """Bytes/s of the fastest of some large copies from host memory to a CUDA device."""
+    source = torch.ones(COPY_BYTES["cpu"] // 4, pin_memory=pinned)
+    target = torch.empty_like(source, device="cuda")
+    return source.nbytes / min(
+        timed(lambda: target.copy_(source, non_blocking=True), "cuda") for _ in range(8)
+    )
+
+
 def timed(work, device: str, rounds: int = 1) -> float:  # type: ignore[no-untyped-def]
     """Median seconds of `work()`: by device events on CUDA, by the clock on the CPU."""
     if device != "cuda":

@@ -36,7 +36,7 @@ def weights_s(model: Transformer) -> float:
 
 def stored(model: Transformer) -> dict[str, torch.Tensor]:
     """The weights as a Hugging Face checkpoint has them."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for p in parameters(model.config):
         layer, _, name = p.name.rpartition(".")
         whole = model.layers[int(layer)][name] if layer else getattr(model, name)
