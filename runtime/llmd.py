@@ -9,8 +9,8 @@ This is a server with the protocol of its prediction server (github.com/llm-d/ll
     GET  /healthz, /readyz, /status
 
 `prefill_tokens_in_flight` makes the queue exact; without it, waiting prompts count as this one. The kind of
-the pod, `num_tokens_generated` and `decode_tokens_in_flight` change no answer. There is nothing to train: samples
-go on to llm-d's training server, or nowhere. Formula and assumptions: `servegym.runtime.latency`.
+the pod, `num_tokens_generated` and `decode_tokens_in_flight` change no answer. There is nothing to train:
+samples go to llm-d's training server, or nowhere. Formula and assumptions: `servegym.runtime.latency`.
 """
 
 from __future__ import annotations
