@@ -29,7 +29,6 @@ from servegym.runtime.vllm.leg import (
 )
 from servegym.runtime.vllm.splice import Piece, Splice
 
-
 POLL_S = 0.05
 
 

@@ -1,7 +1,8 @@
-"""The scheduler inside real vLLM: victims by a bundle, tokens as without preemption, seams in their places."""
+"""The scheduler inside real vLLM: victims by a bundle, tokens as without preemption, seams in place."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -52,11 +53,35 @@ def played(bundle) -> dict[str, Any]:
     return {**found, "stock": json.loads(in_vllm(script, model).splitlines()[-1])}
 
 
-def test_nothing_that_the_scheduler_relies_on_has_moved():
-    out = in_vllm(
-        "-c", "from servegym.runtime.vllm.seams import moved; print(); print(*moved(), sep=chr(10))"
+BREAK_AND_LOOK = """
+from servegym.runtime.vllm import seams
+print()
+print("now", *seams.moved(), sep="|")
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+schedule, preempt = Scheduler.schedule, Scheduler._preempt_request
+def other(self, throttle_prefills=False, more=1): pass
+Scheduler.schedule = other
+print("schedule", *seams.moved(), sep="|")
+Scheduler.schedule = schedule
+del Scheduler._preempt_request
+print("preempt", *seams.moved(), sep="|")
+Scheduler._preempt_request = preempt
+seams.FIELDS["request"] += ("urgency",)
+print("field", *seams.moved(), sep="|")
+"""
+
+
+def test_a_seam_that_moves_is_named():
+    lines = in_vllm("-c", BREAK_AND_LOOK).splitlines()[-4:]
+    found = {line.split("|")[0]: line.split("|")[1:] for line in lines}
+    assert found["now"] == [], f"vLLM has changed under the scheduler: {found['now']}"
+    assert found["schedule"][0] == (
+        "AsyncScheduler.schedule takes (self, throttle_prefills, more), not (self, throttle_prefills)"
     )
-    assert out.split("\n", 1)[1].strip() == "", f"vLLM has changed under the scheduler:\n{out}"
+    assert any("max(self.running" in line for line in found["schedule"])
+    assert "AsyncScheduler._preempt_request is gone" in found["preempt"]
+    assert found["field"] == ["Request no longer sets urgency"]
 
 
 def test_tokens_are_those_without_preemption(played):
@@ -71,7 +96,7 @@ def test_tokens_are_those_without_preemption(played):
 @pytest.mark.parametrize("policy", ["bundle", "victim_largest"])
 def test_who_was_chosen_gives_way_and_keeps_its_priority(played, policy):
     log = played["runs"][policy]["log"]
-    pairs = [(a, b) for a, b in zip(log, log[1:], strict=False) if "asked" in a]
+    pairs = [(a, b) for a, b in itertools.pairwise(log) if "asked" in a]
     assert len(pairs) > 30
     for asked, gone in pairs:
         assert gone["gone"] == asked["asked"]
@@ -92,20 +117,3 @@ def test_the_bundle_has_an_opinion_of_its_own(played):
     asked = [event for event in played["runs"]["bundle"]["log"] if "asked" in event]
     assert sum(event["asked"] != event["own"] for event in asked) > len(asked) / 4
     assert any(event["held"][event["asked"]] != max(event["held"].values()) for event in asked)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("{}", "give an object"),
-        ('{"servegym": {"policy": "victim_largest"}}', "profile = None"),
-        ('{"servegym": {"policy": "x", "profile": "y", "speed": 1}}', "speed = 1"),
-        ('{"servegym": {"policy": "x", "profile": "y", "order": "longest"}}', "arrival or shortest"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(settings, message):
-    from servegym.errors import InputError
-    from servegym.runtime.vllm.config import read_config
-
-    with pytest.raises(InputError, match=message):
-        read_config(json.loads(settings))
