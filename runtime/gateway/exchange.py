@@ -46,7 +46,7 @@ TAIL_BYTES = 2048  # of a body, where its usage stands
 KINDS = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 _DUPLEX, _STREAMED = ProcessingMode.FULL_DUPLEX_STREAMED, ProcessingMode.STREAMED
-_EVENT = re.compile(rb"(?:^|\n)data: ?(?!\[DONE\])")
+_EVENT = re.compile(rb"(?:^|\n)data:(?! ?\[DONE\])")
 _USAGE = re.compile(rb'"(prompt|completion|input|output)_tokens" ?: ?(\d{1,9})\b')
 
 
@@ -163,6 +163,7 @@ class Exchange:
             yield from _pieces(body, end)
 
     def _pick(self, body: bytes) -> list[int] | Refusal:
+        self.close()  # of a stream that sends a second body the first is lost
         ask = read_ask(self._headers, body, self._classes)
         picked = self._picker.pick(ask, self._now(), self._subset)
         if isinstance(picked, Refusal):

@@ -58,7 +58,7 @@ class KVEvents:
             address = topic.decode().split("@")[1]
             _, events, *_ = msgpack.unpackb(payload)
         except (ValueError, IndexError, TypeError, msgpack.UnpackException):
-            self._telemetry.event("kv_events_unreadable")
+            self._telemetry.count("kv_events_unreadable")
             return
         if address not in self._books.by_address:
             return

@@ -105,7 +105,7 @@ class Gateway:
     async def _start(self, stack: AsyncExitStack, tasks: asyncio.TaskGroup) -> list[asyncio.Task]:
         """The picker: its server, metrics, scrapes and events; returns when every engine was asked once."""
         settings, books = self.settings, self.picker.books
-        server = Server(self._open_exchange, settings.max_body_bytes)
+        server = Server(self._open_exchange, self.telemetry, settings.max_body_bytes)
         await server.start(settings.host, settings.picker_port)
         stack.push_async_callback(server.stop, 1.0)
         stack.callback(self.picker.decider.close)

@@ -70,8 +70,12 @@ class Telemetry:
 
     def event(self, event: str, **fields: object) -> None:
         """Something that is no request: counted and logged."""
-        self._events.labels(event).inc()
+        self.count(event)
         self.log(event, **fields)
+
+    def count(self, event: str) -> None:
+        """Something that may come too often to be logged."""
+        self._events.labels(event).inc()
 
     def picked(self, seconds: float) -> None:
         """A pick took so long."""
