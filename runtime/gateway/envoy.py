@@ -258,6 +258,11 @@ class Envoy:
         await self.order("POST", "/healthcheck/fail")
         await self.order("POST", "/drain_listeners")
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     async def ended(self) -> int:
         """Wait for its end; the exit code."""
         return await self._process.wait()

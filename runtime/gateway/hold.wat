@@ -9,7 +9,9 @@
   (func (export "proxy_on_vm_start") (param i32 i32) (result i32) (i32.const 1))
   (func (export "proxy_on_configure") (param i32 i32) (result i32) (i32.const 1))
   (func (export "proxy_on_context_create") (param i32 i32))
-  (func (export "proxy_on_response_headers") (param $context i32) (param $headers i32) (param $end i32) (result i32)
-    (i32.eqz (local.get $end)))
-  (func (export "proxy_on_response_body") (param $context i32) (param $bytes i32) (param $end i32) (result i32)
-    (i32.eqz (i32.or (local.get $bytes) (local.get $end)))))
+  ;; context, number of headers, whether the answer ends here
+  (func (export "proxy_on_response_headers") (param i32 i32 i32) (result i32)
+    (i32.eqz (local.get 2)))
+  ;; context, bytes, whether the answer ends here
+  (func (export "proxy_on_response_body") (param i32 i32 i32) (result i32)
+    (i32.eqz (i32.or (local.get 1) (local.get 2)))))

@@ -45,7 +45,7 @@ class Gateway:
     """A picker with all that belongs to it.
 
     Attributes:
-        picker, telemetry: for tests and for embedding.
+        picker, telemetry, envoy: its parts; the last is None before it runs, and with --no-envoy.
     """
 
     def __init__(self, settings: Settings, policy: str, fallback: str | None = None) -> None:
@@ -68,6 +68,7 @@ class Gateway:
         self._watch = Watch(settings.watch_per_s)
         self._begin = time.monotonic()
         self._ending = asyncio.Event()
+        self.envoy: Envoy | None = None
 
     def now(self) -> float:
         """Seconds on the view's clock."""
@@ -86,18 +87,17 @@ class Gateway:
         async with AsyncExitStack() as stack:
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             background = await self._start(stack, tasks)
-            envoy = None
             if self.settings.envoy:
-                envoy = await Envoy.start(self.settings, self.endpoints)
-                stack.push_async_callback(envoy.stop)
+                self.envoy = await Envoy.start(self.settings, self.endpoints)
+                stack.push_async_callback(self.envoy.stop)
             self._listen_to_signals(stack, tasks)
             # What lives now lives on: the collector need not look at it while requests wait.
             gc.collect()
             gc.freeze()
             self.telemetry.event("ready", **self._addresses())
             ready()
-            code = await self._until_end(envoy)
-            await self._drain(envoy)
+            code = await self._until_end()
+            await self._drain()
             for task in background:
                 task.cancel()
             return code
@@ -133,13 +133,13 @@ class Gateway:
             self.picker, self.classes, self._watch, self.telemetry, self.now, self.settings.max_body_bytes
         )
 
-    async def _until_end(self, envoy: Envoy | None) -> int:
+    async def _until_end(self) -> int:
         """Wait for a signal, or for Envoy's end, which is a failure."""
         signalled = asyncio.create_task(self._ending.wait())
-        if envoy is None:
+        if self.envoy is None:
             await signalled
             return 0
-        died = asyncio.create_task(envoy.ended())
+        died = asyncio.create_task(self.envoy.ended())
         await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
         for task in (signalled, died):
             task.cancel()
@@ -148,12 +148,12 @@ class Gateway:
         self.telemetry.event("envoy_ended", code=died.result())
         return FAILED
 
-    async def _drain(self, envoy: Envoy | None) -> None:
+    async def _drain(self) -> None:
         """No new requests; those in flight may end."""
         self.telemetry.event("draining", inflight=len(self.picker.books.flights))
         await self._server.set_ready(False)
-        if envoy is not None:
-            await envoy.drain()
+        if self.envoy is not None:
+            await self.envoy.drain()
         deadline = self.now() + self.settings.drain_s
         while self.picker.books.flights and self.now() < deadline:
             await asyncio.sleep(0.05)

@@ -29,7 +29,8 @@ class FakeEngine:
         first_s, gap_s: time to the first token and between tokens.
         die_after: tokens after which it drops the connection; -1: never.
         hang: accepts and says nothing. status: of generations. metrics: text in place of the usual.
-        orca: value of the load header. served: bodies that it got. answered: complete answers.
+        orca: value of the load header. bodies, headers: of generations asked for. served: those it began.
+        answered: complete answers.
     """
 
     first_s: float = 0.01
@@ -46,6 +47,7 @@ class FakeEngine:
     blocks: int = 4000
     port: int = 0
     served: list[dict] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
     headers: list[str] = field(default_factory=list)
     answered: int = 0
     running: int = 0
@@ -97,7 +99,8 @@ class FakeEngine:
             self._plain(writer, 200, b'{"data": []}')
         else:
             self.headers.append(head)
-            await self._generate(writer, json.loads(body))
+            self.bodies.append(body)
+            await self._generate(writer, body)
         await writer.drain()
 
     def _plain(self, writer: asyncio.StreamWriter, status: int, body: bytes, extra: str = "") -> None:
@@ -105,13 +108,14 @@ class FakeEngine:
         head = f"HTTP/1.1 {status} X\r\n{kind}\r\ncontent-length: {len(body)}\r\n{extra}\r\n"
         writer.write(head.encode() + body)
 
-    async def _generate(self, writer: asyncio.StreamWriter, ask: dict) -> None:
-        self.served.append(ask)
-        tokens = ask.get("max_tokens", 16)
+    async def _generate(self, writer: asyncio.StreamWriter, body: bytes) -> None:
         extra = f"endpoint-load-metrics: {self.orca}\r\n" if self.orca else ""
         if self.status != 200:
             self._plain(writer, self.status, b'{"error": "no"}')
             return
+        ask = json.loads(body)
+        self.served.append(ask)
+        tokens = ask.get("max_tokens", 16)
         self.running += 1
         try:
             if ask.get("stream"):
