@@ -185,7 +185,7 @@ def launch(
 
 @contextmanager
 def _termination_unwinds() -> Iterator[None]:
-    """SIGTERM leaves by way of `finally`, where nobody else sees to it: servers would outlive this process."""
+    """SIGTERM leaves by way of `finally`, unless somebody else sees to it: servers would outlive us."""
     is_ours = threading.current_thread() is threading.main_thread()
     if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
