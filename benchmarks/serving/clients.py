@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def finish(process: subprocess.Popen, output: Path) -> list[dict]:
 def is_whole(answer: dict) -> bool:
     """Whether a request got all that it asked for."""
     return answer["status"] == 200 and answer["ended"] and answer["tokens"] == answer["asked"]
+
+
+def why_failed(answers: list[dict]) -> dict[str, int]:
+    """How often each status, exception or lack of tokens kept an answer from being whole."""
+    return dict(
+        Counter(
+            f"status {a['status']}, {a['error'] or 'no exception'}, {a['tokens']} of {a['asked']} tokens"
+            for a in answers
+            if not is_whole(a)
+        )
+    )
 
 
 def summary(answers: list[dict], seconds: float) -> dict[str, float]:

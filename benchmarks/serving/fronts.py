@@ -29,13 +29,16 @@ class Front:
     Attributes:
         name, url: what tables call it, and where clients connect.
         process: Envoy, or the picker, whose child Envoy then is.
-        metrics: the picker's Prometheus page; empty for Envoy alone.
+        metrics: its Prometheus page; empty for Envoy alone.
+        redispatched: which of the counters there is of requests that went on at another engine.
+        log: its output.
     """
 
     name: str
     url: str
     process: subprocess.Popen
     metrics: str = ""
+    redispatched: str = ""
     log: Path = field(default=Path(os.devnull))
 
     def cpu_s(self) -> float:
@@ -43,7 +46,7 @@ class Front:
         return cpu_s(self.process.pid)
 
     def counters(self) -> dict[str, float]:
-        """The picker's metrics by name, summed over labels."""
+        """Its metrics."""
         with urllib.request.urlopen(self.metrics, timeout=5) as page:
             return counters(page.read().decode())
 
@@ -61,11 +64,12 @@ def children(pid: int) -> list[int]:
 
 
 def counters(page: str) -> dict[str, float]:
-    """A Prometheus page, summed over labels."""
-    sums: dict[str, float] = {}
-    for name, value in re.findall(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? (\S+)", page, re.MULTILINE):
-        sums[name] = sums.get(name, 0.0) + float(value)
-    return sums
+    """A Prometheus page: each sample by name and labels, and by its name alone the sum over labels."""
+    values: dict[str, float] = {}
+    for name, labels, value in re.findall(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)", page, re.MULTILINE):
+        values[name] = values.get(name, 0.0) + float(value)
+        values[name + labels] = float(value) if labels else values[name]
+    return values
 
 
 @contextmanager
@@ -96,8 +100,21 @@ def picker(policy: str, engines: Sequence[Engine], folder: Path, *flags: str) ->
     for flag, number in zip(("--port", "--picker-port", "--metrics-port"), ports, strict=True):
         line += [flag, str(number)]
     log = folder / f"gateway-{port}.log"
-    metrics = f"http://127.0.0.1:{metrics_port}/metrics"
-    yield from _run(Front("picker", f"http://127.0.0.1:{port}", _start([*line, *flags], log), metrics, log))
+    url, metrics = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"
+    yield from _run(
+        Front("picker", url, _start([*line, *flags], log), metrics, "servegym_retried_total", log)
+    )
+
+
+@contextmanager
+def migrator(policy: str, engines: Sequence[Engine], folder: Path, *flags: str) -> Iterator[Front]:
+    """`servegym migrator`, without Envoy."""
+    port = free_ports(1)[0]
+    line = [sys.executable, "-m", "servegym.cli", "migrator", policy, "--engines", *(e.url for e in engines)]
+    log = folder / f"migrator-{port}.log"
+    url, recovered = f"http://127.0.0.1:{port}", 'servegym_events_total{event="recovered"}'
+    process = _start([*line, "--port", str(port), *flags], log)
+    yield from _run(Front("migrator", url, process, f"{url}/metrics", recovered, log))
 
 
 def _start(line: list[str], log: Path) -> subprocess.Popen:
