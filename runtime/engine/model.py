@@ -2,8 +2,8 @@
 
 Two runs of the same request give the same tokens as far as rounding allows. Sums in another order, because
 the batch or the chunks of the prompt are others, move logits by about 1e-6 of their size in float32 and 1e-15
-in float64; greedy decoding sees that only where the best two logits are closer than that. Nothing else depends
-on what is in the batch: preemption, swap, migration and prefix reuse change no value.
+in float64; greedy decoding sees that only where the best two logits are closer than that. Nothing else
+depends on what is in the batch: preemption, swap, migration and prefix reuse change no value.
 """
 
 from __future__ import annotations

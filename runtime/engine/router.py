@@ -88,8 +88,11 @@ class Router:
         """Who answers each kind of question; the kinds that are left out get candidate 0."""
         decisions, rules = roles(policy, scenario, [self.episode])
         mine = Decider(policy, budget_s=budget_s)
-        policy.reset(1, seed)
         beside = {kind: Decider(make_heuristic(rule), budget_s=budget_s) for kind, rule in rules.items()}
+        for decider in (mine, *beside.values()):  # a first answer may take seconds of imports and compilation
+            request = RequestView("warm-up", 0.0, prompt_tokens=1, predicted_tokens=1)
+            decider.policy.act(ask_dispatch(self.view, request, decider.rows).obs)
+            decider.policy.reset(1, seed)
         return {**beside, **dict.fromkeys(set(kinds_of(decisions)) & set(policy.kinds), mine)}
 
     def close(self) -> None:

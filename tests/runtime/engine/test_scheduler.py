@@ -1,4 +1,4 @@
-"""The runtime's scheduler beside the reference simulator's: equal decisions, every token's KV in its place."""
+"""The runtime's scheduler beside the reference simulator's: equal decisions, each token's KV in its place."""
 
 import os
 from dataclasses import dataclass, field
