@@ -8,15 +8,14 @@ the end, ordinary requests must be answered.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import grpc
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from report import report
 
 from tests.runtime.gateway.engines import FakeEngine
 from tests.runtime.gateway.envoys import FakeEnvoy
@@ -31,10 +30,11 @@ ASK = {"prompt": "hello " * 20, "stream": True, "max_tokens": 4}
 
 def main() -> None:
     """Print the counts and one line of JSON."""
-    print(json.dumps(asyncio.run(fuzz())))
+    bad, detail = asyncio.run(fuzz())
+    report("fuzz_gateway", bad, "crashes, hangs, faults, lost requests", 0, detail)
 
 
-async def fuzz() -> dict:
+async def fuzz() -> tuple[int, dict[str, Any]]:
     """All messages, and what the picker says at the end."""
     engines = [await FakeEngine().start() for _ in range(2)]
     picker_port, metrics_port = free_port(), free_port()
@@ -69,25 +69,19 @@ async def fuzz() -> dict:
     faults = (await log).count(b'"fault"')
     await process.wait()
     bad = crashed + hung + refused + faults + left + (grown > FLAT_MIB)
-    return {
-        "name": "fuzz_gateway",
-        "value": bad,
-        "unit": "crashes, hangs, faults, lost requests",
-        "goal": 0,
-        "detail": {
-            "messages": sent,
-            "streams": streams,
-            "answers": answers,
-            "crashed": crashed,
-            "hung": hung,
-            "faults": faults,
-            "ordinary requests refused": refused,
-            "left in the books": left,
-            "slowest stream, s": round(slowest, 3),
-            "resident memory after warm-up, MiB": round(warm, 1),
-            "grown since, MiB": round(grown, 2),
-            "wall, s": round(wall_s, 1),
-        },
+    return bad, {
+        "messages": sent,
+        "streams": streams,
+        "answers": answers,
+        "crashed": crashed,
+        "hung": hung,
+        "faults": faults,
+        "ordinary requests refused": refused,
+        "left in the books": left,
+        "slowest stream, s": round(slowest, 3),
+        "resident memory after warm-up, MiB": round(warm, 1),
+        "grown since, MiB": round(grown, 2),
+        "wall, s": round(wall_s, 1),
     }
 
 

@@ -148,10 +148,12 @@ class FakeEngine:
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
 
-async def _main(port: int, first_s: float, gap_s: float) -> None:
-    await FakeEngine(port=port, first_s=first_s, gap_s=gap_s).start()
+async def _main(first_s: float, gap_s: float, ports: list[int]) -> None:
+    for port in ports:
+        await FakeEngine(port=port, first_s=first_s, gap_s=gap_s).start()
+    print("ready", flush=True)
     await asyncio.sleep(3600)
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(_main(float(sys.argv[1]), float(sys.argv[2]), [int(port) for port in sys.argv[3:]]))
