@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from servegym.runtime.vllm.order import ShortestFirst
 from servegym.runtime.vllm.scheduler import ServeGymScheduler
 
-REQUESTS, OUTPUT, BLOCKS = 108, 40, 13
+REQUESTS, SOME, OUTPUT, BLOCKS = 108, 30, 40, 13
 
 
 class Recorder(ServeGymScheduler):
@@ -78,6 +79,8 @@ def play(model: str, profile: str, policies: list[str]) -> dict[str, Any]:
         Recorder.log.clear()
         tokens = answers(llm, slice(None))
         found["runs"][policy] = {"tokens": tokens, "log": list(Recorder.log), "numbers": scheduler.numbers()}
+    scheduler.waiting = ShortestFirst(scheduler._engine.left_tokens)
+    found["shortest"] = answers(llm, slice(0, SOME))
     return found
 
 

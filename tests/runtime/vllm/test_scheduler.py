@@ -91,6 +91,7 @@ def test_tokens_are_those_without_preemption(played):
     assert played["stock"]["preemptions"] > 30
     for name, run in [*played["runs"].items(), ("stock", played["stock"])]:
         assert run["tokens"] == played["quiet"], name
+    assert played["shortest"] == played["quiet"][: len(played["shortest"])]
 
 
 @pytest.mark.parametrize("policy", ["bundle", "victim_largest"])
