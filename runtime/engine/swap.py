@@ -46,7 +46,11 @@ class SwapSpace:
             self._fragments(blocks, host, outward=True)
         else:
             for at, run in self._runs(host):
-                staged = self.by_block[self._ids(blocks[at])]
+                ids = self._ids(blocks[at])
+                if not self.side:
+                    torch.index_select(self.by_block, 0, ids, out=self.host[run])
+                    continue
+                staged = self.by_block[ids]
                 with self._beside(staged):
                     self.host[run].copy_(staged, non_blocking=True)
         if self.side:
