@@ -101,7 +101,9 @@ class Validation:
         return rank_correlation(measured, [c.predicted[metric] for c in self.comparisons])
 
     def repeatability(self, metric: str) -> dict[str, float]:
-        """Rank correlation of the policies between the first and the last repeat: the machine's own."""
+        """Rank correlation of the policies between the first and the last repeat; NaN for a single one."""
+        if len(self.comparisons[0].measured[metric]) < 2:
+            return {"spearman": float("nan"), "kendall": float("nan")}
         first, last = ([c.measured[metric][k] for c in self.comparisons] for k in (0, -1))
         return rank_correlation(first, last)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -27,7 +27,9 @@ from servegym.runtime.engine.timing import decode_bandwidth, migration_downtime,
 
 MOST_COPIED = 8192  # tokens of the longest copy that is measured
 DOWNTIME_CONTEXTS = tuple(256 << k for k in range(6))  # 256 ... 8k, as in Llumnix, figure 10
-BANDWIDTH_AT = (64, 4096)  # batch and context at which decode attention is held to the memory bandwidth
+DOWNTIME_ROUNDS = 3
+SLACK = 64  # tokens that the migrated request generates
+DECODES, DECODE_CONTEXT = 64, 4096  # where decode attention is held to the memory bandwidth, if the KV fits
 
 _NOTES = (
     "fitted to medians of whole iterations: schedule, forward, sample, deliver",
@@ -43,7 +45,6 @@ class Options:
 
     Attributes:
         limits: what the engine can hold.
-        neighbours: instances that iterate at the same time, the measured one included.
         rounds: times that every shape is measured.
         size: random shapes of each kind that are fitted; half as many are held out.
         swap_group: KV blocks that a copy to host memory carries.
@@ -51,7 +52,6 @@ class Options:
     """
 
     limits: Limits
-    neighbours: int = 1
     rounds: int = 7
     size: int = 40
     swap_group: int = 16
@@ -82,6 +82,7 @@ def calibrate(
     *,
     name: str,
     command: str,
+    neighbours: Sequence[Transformer] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
     """Measure everything that a profile holds.
@@ -92,6 +93,7 @@ def calibrate(
         options: how.
         name: of the profile.
         command: what the user typed, for the provenance.
+        neighbours: models of other instances that iterate meanwhile, as they will when all serve.
         progress: told what is measured next.
 
     Raises:
@@ -99,7 +101,7 @@ def calibrate(
     """
     limits = options.limits
     shapes = design(limits, size=options.size, seed=options.seed)
-    instances = [Instance(model, _setting(options), k) for k in range(options.neighbours)]
+    instances = [Instance(m, _setting(options), k) for k, m in enumerate((model, *neighbours))]
     progress("warm-up")
     start = start_costs(model, instances)
     benches = [EngineBench(instance, options.seed + k) for k, instance in enumerate(instances)]
@@ -108,10 +110,11 @@ def calibrate(
         overhead_s, launch_s = benches[0].overheads()
         seconds = measure(benches[0], every, rounds=options.rounds, seed=options.seed, progress=progress)
     progress("copies")
-    target = Instance(model, _setting(options)._replace(host_blocks=0), number=-1)
+    setting = instances[0].setting._replace(blocks=_most_copied(limits), host_blocks=0)
+    target = Instance(model, setting, number=-1)
     copies, links, link_errors = _copies(instances[0], target, options)
     progress("bandwidth and migration")
-    figures = _figures(instances[0], target, options)
+    figures = _figures(instances[0], options)
     figures |= {"overhead, us": overhead_s * 1e6, "launch of a forward pass, us": launch_s * 1e6}
     figures |= {f"{field.removesuffix('_s')}, s": value for field, value in vars(start).items() if value}
     blank = _blank(model, machine, limits, name, shapes.axes)
@@ -120,7 +123,7 @@ def calibrate(
     parts = fit(shapes.axes, shapes.fitted, typical(seconds)[:count] - overhead_s)
     profile = with_parts(fixed, parts)
     held_out = errors(profile, shapes.held_out, typical(seconds)[count:]) | link_errors
-    notes = (*_NOTES, f"{options.neighbours} instances iterating at the same time", command)
+    notes = (*_NOTES, f"instances iterating at the same time: {len(instances)}", command)
     origin = replace(profile.provenance, held_out=held_out, notes=notes)
     return Calibration(replace(profile, provenance=origin), shapes, seconds, copies, figures)
 
@@ -208,21 +211,26 @@ def _swap(instance: Instance, group: int, way: int, blocks: int) -> float:
     return time_swap(instance, blocks, group)[way]
 
 
-def _figures(instance: Instance, target: Instance, options: Options) -> dict[str, float]:
+def _figures(instance: Instance, options: Options) -> dict[str, float]:
     """How near decode attention comes to the memory's bandwidth, and the downtime of migrations."""
-    batch, context = BANDWIDTH_AT
-    bandwidth = memory_bandwidth(instance.model.device.type)
-    reached = decode_bandwidth(instance.model, batch, context)
+    limits, device = options.limits, instance.model.device.type
+    batch = min(DECODES, limits.kv_blocks)
+    context = min(DECODE_CONTEXT, limits.kv_blocks // batch * limits.block_tokens)
+    bandwidth = memory_bandwidth(device)
+    reached = decode_bandwidth(instance, batch, context).bytes_per_second
     figures = {
         "memory bandwidth, GB/s": bandwidth / 1e9,
-        f"decode attention at batch {batch}, context {context}, GB/s": reached / 1e9,
+        f"decode attention, batch {batch}, context {context}, GB/s": reached / 1e9,
         "share of the memory bandwidth, %": 100 * reached / bandwidth,
     }
-    if instance.model.device.type == "cuda":
+    if device == "cuda":
         for pinned, kind in ((True, "pinned"), (False, "pageable")):
             figures[f"one copy from {kind} host memory, GB/s"] = host_bandwidth(pinned) / 1e9
-    for tokens in DOWNTIME_CONTEXTS:
-        if tokens < options.limits.max_context:
-            taken = [migration_downtime(instance, target, tokens) for _ in range(options.rounds)]
-            figures[f"downtime of a migration at {tokens} tokens, ms"] = 1e3 * median(taken)
+    contexts = [n for n in DOWNTIME_CONTEXTS if n <= min(limits.max_context, instance.most_tokens - SLACK)]
+    blocks = -(-(max(contexts, default=0) + SLACK) // limits.block_tokens)
+    setting = instance.setting._replace(blocks=blocks, host_blocks=0)
+    taken = migration_downtime(instance.model, setting, contexts * DOWNTIME_ROUNDS) if contexts else []
+    for context in contexts:
+        gap_s = median(found.gap_s for found in taken if found.context == context)
+        figures[f"downtime of a migration at {context} tokens, ms"] = 1e3 * gap_s
     return figures

@@ -83,7 +83,6 @@ class Command:
         model = Transformer(config, self.device, self.dtype or DTYPES[self.device], self.seed)
         options = Options(
             limits=self._limits(self._fitting(model)),
-            neighbours=self.neighbours,
             rounds=self.rounds,
             size=self.size,
             swap_group=self.swap_group,
@@ -96,6 +95,7 @@ class Command:
                 options,
                 name=folder.name,
                 command=command_line(),
+                neighbours=(model,) * (self.neighbours - 1),
                 progress=lambda text: status.update(f"calibrate: {text}"),
             )
         files = write(found, config.raw, folder)
