@@ -19,7 +19,6 @@ import numpy as np
 
 from servegym.agents.heuristics import make_heuristic
 from servegym.agents.policy import Policy
-from servegym.envs.cluster.decisions import request_rows
 from servegym.envs.cluster.schema import OFFERS
 from servegym.errors import InputError
 from servegym.runtime.bundle import BundlePolicy, is_bundle, load_bundle
@@ -43,7 +42,7 @@ class Decider:
         mismatch  the policy does not answer this kind of question, refuses its arrays, or chooses a candidate
                   that is not legal; `last_error` says what it was
 
-    The fallback of a dispatch is a heuristic, that of any other question candidate 0, which changes nothing.
+    The fallback of a dispatch is a heuristic, that of any other question candidate 0: what happens unasked.
 
     Args:
         policy: a policy, the folder of a bundle, or the name of a heuristic.
@@ -202,5 +201,5 @@ def _load(policy: Policy | str | Path) -> Policy:
 def _rows(policy: Policy) -> int:
     """Request rows of the observations that a policy was trained on; rules read any."""
     if isinstance(policy, BundlePolicy):
-        return request_rows(policy.task.decisions, policy.task.rules)
+        return policy.rows
     return 1 if set(policy.kinds) <= {"dispatch"} else OFFERS
