@@ -91,8 +91,9 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _whole(value: object, least: int, most: int) -> int | None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if is_whole and least <= value <= most else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if least <= value <= most else None
 
 
 def _seconds(text: str | None, default: float) -> float:

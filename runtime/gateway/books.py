@@ -15,7 +15,7 @@ profile's prefill of all prompts that were in flight before it, and its own.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -59,6 +59,8 @@ class Engine:
 @dataclass(slots=True, eq=False)
 class Replica(InstanceView):
     """An engine in the view, whose prefix cache is asked for a whole prompt at a time."""
+
+    cached: PrefixIndex = field(default_factory=lambda: PrefixIndex(0))
 
     def cached_tokens(self, request: RequestView, most: int) -> int:
         """As of any `InstanceView`."""
@@ -133,7 +135,7 @@ class Books:
     ) -> None:
         self.lengths = lengths
         self.sessions = Sessions()
-        self.flights: dict[int, Flight] = {}
+        self.flights: dict[Hashable, Flight] = {}
         settings = [InstanceSettings.of(spec) for spec in specs]
         self.engines = [
             Engine(number, endpoint, spec, PrefixIndex(setting.setting.blocks))
@@ -304,16 +306,19 @@ class Books:
 
     def _resize(self, engine: Engine, reading: Reading) -> None:
         """Where a new engine's KV cache is not as configured, believe the engine, and keep the books."""
-        told = {"kv_blocks": reading.blocks, "block_tokens": reading.block_tokens}
         setting = self.view.instances[engine.number].settings.setting
-        if not all(told.values()) or (setting.blocks, setting.block_tokens) == tuple(told.values()):
+        blocks, block_tokens = reading.blocks, reading.block_tokens
+        if not blocks or not block_tokens or (setting.blocks, setting.block_tokens) == (blocks, block_tokens):
             return
+        spec = replace(engine.spec, kv_blocks=blocks, block_tokens=block_tokens)
         try:
-            settings = InstanceSettings.of(replace(engine.spec, **told))
+            settings = InstanceSettings.of(spec)
         except InputError:  # no cache can be so
             return
-        engine.spec, engine.index.room = replace(engine.spec, **told), settings.setting.blocks
+        engine.spec, engine.index.room = spec, blocks
         instances = list(self.view.instances)
-        fresh = {"prefix_tokens": 0, "prefill_cap": 0, "free_blocks": -1, "host_free_blocks": -1}
-        instances[engine.number] = replace(instances[engine.number], settings=settings, **fresh)
+        old = instances[engine.number]
+        instances[engine.number] = replace(
+            old, settings=settings, prefix_tokens=0, prefill_cap=0, free_blocks=-1, host_free_blocks=-1
+        )
         self.view = replace(self.view, instances=instances)
