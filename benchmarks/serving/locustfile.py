@@ -48,6 +48,8 @@ class Reader(HttpUser):
             "temperature": 0,
             "stream": streamed,
         }
+        if streamed:
+            body["stream_options"] = {"include_usage": True}
         answer = {"streamed": streamed, "asked": body["max_tokens"], "begin": time.time(), "tokens": 0}
         answer |= {"first": None, "engine": None, "status": 0, "ended": False, "error": None}
         try:
@@ -63,17 +65,18 @@ class Reader(HttpUser):
 
 
 def read_stream(response, answer):
-    """Tokens one by one; `[DONE]` is the end."""
+    """Events of one or several tokens; in the end how many there were, and `[DONE]`."""
     for line in response.iter_lines(chunk_size=None):
         if line == b"data: [DONE]":
             answer["ended"] = True
         elif line.startswith(b"data: "):
             event = json.loads(line[6:])
-            if not event.get("choices"):
-                continue
-            answer["first"] = answer["first"] or time.time()
-            answer["tokens"] += 1
-            answer["engine"] = event["model"]
+            if event.get("choices"):
+                answer["first"] = answer["first"] or time.time()
+                answer["tokens"] += 1
+                answer["engine"] = event["model"]
+            if event.get("usage"):
+                answer["tokens"] = event["usage"]["completion_tokens"]
 
 
 def read_whole(response, answer):
