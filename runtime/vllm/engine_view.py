@@ -13,10 +13,9 @@ from typing import Any
 
 from servegym.runtime.fleet import InstanceSettings
 from servegym.runtime.view import ClusterView, InstanceView, RequestView
-from servegym.runtime.vllm.lengths import OutputLengths
+from servegym.runtime.vllm.hints import OutputLengths, service_level
 
 SCRAPE_S = 0.1  # what a router would know of the engine is renewed so often
-_LEVELS = ("slo_ttft_s", "slo_tpot_s", "weight")
 
 
 class EngineView:
@@ -41,9 +40,9 @@ class EngineView:
             key=request.request_id,
             arrived_s=min(max(0.0, request.arrival_time - self._start), now),
             prompt_tokens=max(1, request.num_prompt_tokens),
-            predicted_tokens=self._lengths.predict(hints.get("predicted_tokens"), request.max_tokens),
+            predicted_tokens=self._lengths.predict(hints, request.max_tokens),
             priority=request.priority,
-            **_service(hints),
+            **service_level(hints),
         )
         self._requests[request.request_id] = row
         self.view.now_s = now
@@ -116,13 +115,3 @@ class EngineView:
         new = request.num_output_tokens - row.streamed_tokens
         if new > 0 and row.instance >= 0:
             self.view.streamed(row, new)
-
-
-def _service(hints: Mapping[str, Any]) -> dict[str, float]:
-    """The service level that a client's `vllm_xargs` ask for; what makes no sense is left out."""
-    found = {}
-    for name in _LEVELS:
-        value = hints.get(name)
-        if isinstance(value, int | float) and 0 < value < 1e6:
-            found[name] = float(value)
-    return found

@@ -11,10 +11,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 
@@ -23,13 +22,12 @@ from servegym.runtime.gateway.readings import Reading, parse_metrics
 from servegym.runtime.questions import Dispatch, Move, Pair, ask_dispatch, ask_migrate, ask_move
 from servegym.runtime.view import ClusterView, InstanceView, RequestView
 from servegym.runtime.vllm.completion import Completion
+from servegym.runtime.vllm.hints import OutputLengths, service_level
 from servegym.runtime.vllm.leg import EngineLostError
-from servegym.runtime.vllm.lengths import OutputLengths
 from servegym.runtime.vllm.relay import Relay
 from servegym.runtime.vllm.tally import Tally
 
 log = logging.getLogger("servegym.migrator")
-_LEVELS = ("slo_ttft_s", "slo_tpot_s", "weight")
 
 
 @dataclass
@@ -90,15 +88,16 @@ class Migrator:
 
     def admit(self, completion: Completion) -> Relay:
         """A request has arrived; it is not placed yet."""
-        body, now = completion.body, self._now()
-        hints = body.get("vllm_xargs") if isinstance(body.get("vllm_xargs"), Mapping) else {}
+        now, xargs, priority = self._now(), completion.body.get("vllm_xargs"), completion.body.get("priority")
+        hints = xargs if isinstance(xargs, dict) else {}
         most = completion.max_tokens if isinstance(completion.max_tokens, int) else None
         request = RequestView(
             key=next(self._keys),
             arrived_s=now,
             prompt_tokens=completion.prompt_estimate(),
-            predicted_tokens=self._lengths.predict(hints.get("predicted_tokens"), most),
-            **_service(body, hints),
+            predicted_tokens=self._lengths.predict(hints, most),
+            priority=priority if type(priority) is int else 0,
+            **service_level(hints),
         )
         self.view.now_s = now
         self.view.arrived(request)
@@ -246,15 +245,3 @@ async def scrape(session: aiohttp.ClientSession, url: str, timeout_s: float = 2.
             return parse_metrics(await response.text())
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise EngineLostError(repr(error)) from error
-
-
-def _service(body: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Priority and service level that a client asks for; what makes no sense is left out."""
-    found: dict[str, Any] = {}
-    for name in _LEVELS:
-        value = hints.get(name)
-        if isinstance(value, int | float) and 0 < value < 1e6:
-            found[name] = float(value)
-    if type(body.get("priority")) is int:
-        found["priority"] = body["priority"]
-    return found

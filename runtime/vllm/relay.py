@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -104,7 +104,7 @@ class Relay:
             self._reading.cancel()
         return True
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer, piece by piece; the request stands placed.
 
         Raises:
@@ -145,7 +145,7 @@ class Relay:
             )
             splice.take_back(count)
 
-    async def _read(self, leg: Leg) -> AsyncIterator[Piece]:
+    async def _read(self, leg: Leg) -> AsyncGenerator[Piece, None]:
         """The pieces of one leg, until the answer ends or the request is to move."""
         while not self.splice.finished and self._target is None:
             for chunk in await self._chunks(leg):

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import aiohttp
 from aiohttp import web
 
+from servegym.envs.cluster.spec import InstanceSpec
 from servegym.errors import InputError
 from servegym.runtime.decider import Decider
 from servegym.runtime.fleet import InstanceSettings
@@ -154,6 +155,7 @@ async def _instance(
                 hint = f"give the address of a running vLLM server ({error})"
                 raise InputError("migrator", "engines", url, hint) from error
             await asyncio.sleep(0.5)
-    size = {"kv_blocks": reading.blocks, "block_tokens": reading.block_tokens} if reading.blocks else {}
-    limits = {"max_seqs": settings.max_seqs, "token_budget": settings.token_budget}
-    return InstanceView(InstanceSettings.of(profile, migrates=True, **size, **limits))
+    spec = InstanceSpec(profile, max_seqs=settings.max_seqs, token_budget=settings.token_budget)
+    if reading.blocks:
+        spec = replace(spec, kv_blocks=reading.blocks, block_tokens=reading.block_tokens)
+    return InstanceView(InstanceSettings.of(spec, migrates=True))
