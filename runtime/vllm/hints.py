@@ -24,18 +24,19 @@ class OutputLengths:
 
     def predict(self, hints: Mapping[str, Any], most: int | None) -> int:
         """Tokens, at least 1, of an answer that may have `most`."""
-        hint = hints.get("predicted_tokens")
-        if _is_number(hint) and hint >= 1:
-            guess = float(hint)
-        else:
+        guess = _number(hints.get("predicted_tokens"))
+        if guess is None:
             guess = self._mean if self._mean is not None else float(most or MEMORY)
         return max(1, int(min(guess, most or guess)))
 
 
 def service_level(hints: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a `RequestView` that a client asks for; what makes no sense is left out."""
-    return {name: float(hints[name]) for name in LEVELS if _is_number(hints.get(name)) and hints[name] > 0}
+    values = {name: _number(hints.get(name)) for name in LEVELS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+def _number(value: Any) -> float | None:
+    """A positive number, or None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < 1e6 else None
