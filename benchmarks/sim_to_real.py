@@ -74,7 +74,7 @@ POLICIES = (
 )
 REQUESTS, SESSIONS, PROMPT, OUTPUT = 160, 6, (30, 90), (15, 45)  # lengths uniform
 LOAD, REPEATS, SEED = 5.0, 2, 1
-SCENARIO = Scenario(scrape_s=0.2, prediction_error=0.3, prefix_caching=False)
+SCENARIO = Scenario(scrape_s=0.0, prediction_error=0.3, prefix_caching=False)
 
 
 def transformer(name: str, layers: int, folder: Path) -> Transformer:

@@ -14,7 +14,7 @@ from rich.table import Table
 from servegym.agents.heuristics import make_heuristic
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.episode import fleets_of
-from servegym.envs.scenario import load_scenario
+from servegym.envs.scenario import Scenario, load_scenario
 from servegym.errors import InputError
 from servegym.files import check_folder, command_line, console, git_revision, say, trace_hashes, write_json
 from servegym.flags import check_seed
@@ -48,7 +48,7 @@ class Command:
     """Heuristics (see `servegym heuristics`)."""
     scenario: str | None = None
     """Name or TOML file of a scenario whose levers, service levels and staleness hold; its fleet, workload
-    and load do not."""
+    and load do not. By default no levers but dispatch."""
     requests: int = 200
     """Requests to play."""
     load: float = 0.9
@@ -71,7 +71,7 @@ class Command:
                 raise InputError("validate", name, getattr(self, name), "must be at least 1")
         if not 0 < self.load < math.inf:
             raise InputError("validate", "load", self.load, "must be finite and > 0")
-        base = load_scenario(self.scenario) if self.scenario else load_scenario("mixed")
+        base = load_scenario(self.scenario) if self.scenario else Scenario()
         scenario = replace(base, clusters=(self.cluster,), workload=self.trace)
         (fleet,) = fleets_of(scenario)
         policies: list[Policy] = [load_agent(path) for path in self.trained_agent]

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibrated(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated") / "tiny-cpu"
-    quick = ("--size", "8", "--rounds", "2", "--neighbours", "2")
+    quick = ("--size", "4", "--rounds", "2", "--neighbours", "2")
     assert main(["calibrate", "-m", str(config), *LIMITS, *quick, "-o", str(folder)]) == 0
     return folder
 
