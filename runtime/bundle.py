@@ -109,7 +109,7 @@ class BundlePolicy:
 
 
 class _Bound:
-    """The graph's inputs and output in memory of our own: copying into it costs less than handing over arrays."""
+    """The graph's inputs and output in memory of our own: copying costs less than handing over arrays."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, rows: int, instances: int, candidates: int

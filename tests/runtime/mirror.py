@@ -49,7 +49,7 @@ class Mirror:
         )
         self.requests: dict[int, RequestView] = {}
 
-    # --- the book ---------------------------------------------------------------------------------------------
+    # --- the book -------------------------------------------------------------------------------------------
 
     def _request(self, r: int) -> RequestView:
         row = self.row[r]
@@ -141,7 +141,7 @@ class Mirror:
                 out[r] = int(self.row[r]["output"] - left + self._steps_done(inst))
         return out
 
-    # --- what engines report and hold -------------------------------------------------------------------------
+    # --- what engines report and hold -----------------------------------------------------------------------
 
     def _inside(self, i: int, instance: InstanceView) -> None:
         inst, run = self.world.instance[0, i], self.world.run[0, i]
@@ -188,10 +188,12 @@ def assert_same(question: Question, obs: dict[str, np.ndarray], world: World) ->
     obs = {name: array for name, array in obs.items() if name in question.obs}
     assert obs.keys() == question.obs.keys()
     for name, expected in obs.items():
-        found = question.obs[name]
+        found, where = question.obs[name], f"{question.kind} {name}"
         assert found.dtype == expected.dtype and found.shape == expected.shape, name
         if expected.dtype == np.float32:
-            np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-9, err_msg=f"{question.kind} {name}")
+            np.testing.assert_allclose(
+                found, expected, rtol=3e-7, atol=1e-9, err_msg=f"{question.kind} {name}"
+            )
         else:
             np.testing.assert_array_equal(found, expected, err_msg=f"{question.kind} {name}")
     assert sorted(question.actions) == np.flatnonzero(obs["mask"][0]).tolist()
