@@ -188,7 +188,7 @@ def assert_same(question: Question, obs: dict[str, np.ndarray], world: World) ->
     obs = {name: array for name, array in obs.items() if name in question.obs}
     assert obs.keys() == question.obs.keys()
     for name, expected in obs.items():
-        found, where = question.obs[name], f"{question.kind} {name}"
+        found = question.obs[name]
         assert found.dtype == expected.dtype and found.shape == expected.shape, name
         if expected.dtype == np.float32:
             np.testing.assert_allclose(

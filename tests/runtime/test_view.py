@@ -99,9 +99,8 @@ def test_arrivals():
 
 
 def test_settings_are_the_models():
-    scenario = Scenario(
-        clusters=("1xa100-llama-3.1-8b+1xl40s-llama-3.1-8b",), requests=60, engine={"swap_gib": 2}
-    )
+    fleet, engine = "1xa100-llama-3.1-8b+1xl40s-llama-3.1-8b", {"swap_gib": 2}
+    scenario = Scenario(clusters=(fleet,), requests=60, engine=engine)
     world = build_world(make_episodes(scenario, 1, 0), 1, scenario=scenario)
     for i, spec in enumerate(parse_cluster(fleet, **engine).instances):
         mine, model = InstanceSettings.of(spec), world.setting[0, i]
