@@ -54,7 +54,7 @@ def default_victim(instance: InstanceView) -> RequestView:
 
 def victims(instance: InstanceView) -> list[RequestView]:
     """Two favourites of each rule: newest admission, largest KV, most output left, lowest priority."""
-    return _distinct(r for rule in VICTIM_RULES for r in heapq.nlargest(2, instance.running, key=rule))
+    return _distinct(r for rule in VICTIM_RULES for r in sorted(instance.running, key=rule, reverse=True)[:2])
 
 
 # --- migration --------------------------------------------------------------------------------------------

@@ -332,18 +332,23 @@ def ask_preempt(view: ClusterView, i: int) -> Question:
         raise InputError(f"instance {i}", "running", len(instance.running), "ask where at least two run")
     draft, default, setting = _Draft(view, "preempt"), 0, instance.settings.setting
     victim = offers.default_victim(instance)
+    # A decode reads the KV that it holds and that of the token it computes.
+    reads = [r.kv_tokens + 1 for r in instance.running if r.decoding]
+    decodes = len(reads), sum(reads)
     for request in offers.victims(instance):
         row = draft.about(request)
-        _offer_victim(draft, i, row, request, swap=False)
+        _offer_victim(draft, i, row, request, decodes, swap=False)
         swaps = 0 < instance.settings.blocks_of(request.kv_tokens) <= instance.host_free_blocks
         if swaps:
-            _offer_victim(draft, i, row, request, swap=True)
+            _offer_victim(draft, i, row, request, decodes, swap=True)
         if request is victim:
             default = 2 + 2 * row if swaps and setting.by_swap else 1 + 2 * row
     return draft.done(default)
 
 
-def _offer_victim(draft: _Draft, i: int, row: int, request: RequestView, swap: bool) -> None:
+def _offer_victim(
+    draft: _Draft, i: int, row: int, request: RequestView, decodes: tuple[int, int], swap: bool
+) -> None:
     view, instance = draft.view, draft.view.instances[i]
     setting, tokens = instance.settings.setting, request.kv_tokens
     blocks = instance.settings.blocks_of(tokens)
@@ -353,12 +358,13 @@ def _offer_victim(draft: _Draft, i: int, row: int, request: RequestView, swap: b
         copy_s = 2 * (setting.swap_call * copies + setting.swap_block * blocks) * SECOND
     elif tokens:
         prefill_s = view.fleet.prefill_s(i, tokens, 0, instance.prefill_cap)
-    # A decode reads the KV that it holds and that of the token it computes.
-    others = [r.kv_tokens + 1 for r in instance.running if r.decoding and r is not request]
+    n, context = decodes
+    if request.decoding:
+        n, context = n - 1, context - (tokens + 1)
     held = setting.blocks - instance.free_blocks - blocks + request.shared_blocks
     draft.offer(
         1 + 2 * row + swap, Preempt(request.key, swap), row, i, swap=swap, prefill_s=prefill_s, copy_s=copy_s,
-        step_after_s=view.fleet.step_of(i, len(others), sum(others)), kv_after=held / setting.blocks,
+        step_after_s=view.fleet.step_of(i, n, context), kv_after=held / setting.blocks,
     )  # fmt: skip
 
 

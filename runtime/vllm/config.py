@@ -29,7 +29,7 @@ class SchedulerConfig:
 
     policy: str
     profile: str
-    budget_us: float = 150.0
+    budget_us: float = 500.0
     order: str = "arrival"
     report: str | None = None
 
@@ -50,7 +50,7 @@ def read_config(additional: Any) -> SchedulerConfig:
     for name in ("policy", "profile"):
         if not isinstance(raw.get(name), str) or not raw[name]:
             raise InputError(WHERE, name, raw.get(name), "give a name or a path")
-    budget, order, report = raw.get("budget_us", 150.0), raw.get("order", "arrival"), raw.get("report")
+    budget, order, report = raw.get("budget_us", 500.0), raw.get("order", "arrival"), raw.get("report")
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1e6:
         raise InputError(WHERE, "budget_us", budget, "give microseconds between 0 and a million")
     if order not in ORDERS:
