@@ -15,7 +15,7 @@ _LINE = re.compile(
     r"|cache_config_info)(?:\{(.*)\})? (\S+)",
     re.MULTILINE,
 )
-_LABEL = re.compile(r'(num_gpu_blocks|block_size)="(\d{1,9})"')
+_LABEL = re.compile(r'(?:^|,)(num_gpu_blocks|block_size)="(\d{1,9})"')
 
 
 class Reading(NamedTuple):

@@ -17,7 +17,8 @@ vllm:num_requests_running{{engine="0",model_name="tiny"}} {running}
 vllm:num_requests_waiting{{engine="0",model_name="tiny"}} {waiting}
 vllm:kv_cache_usage_perc{{engine="0",model_name="tiny"}} {usage}
 vllm:num_preemptions_total{{engine="0",model_name="tiny"}} {preemptions}
-vllm:cache_config_info{{block_size="16",engine="0",num_gpu_blocks="{blocks}"}} 1.0
+vllm:cache_config_info{{_block_size_resolved="True",block_size="16",mamba_block_size="8",\
+num_gpu_blocks="{blocks}",num_gpu_blocks_override="9"}} 1.0
 """
 
 
