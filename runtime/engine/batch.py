@@ -71,9 +71,11 @@ def build_batch(
     on_cpu = device.type == "cpu"
     lengths = at + 1
     mask = np.arange(width * block_tokens) < lengths[:, None] if on_cpu else None
-    inputs = packed.to(device, non_blocking=True).view(3, -1)
+    token, position, slot = packed.to(device, non_blocking=True).view(3, -1)
     return Batch(
-        *inputs,
+        tokens=token,
+        positions=position,
+        slots=slot,
         tables=torch.from_numpy(tables).to(device, non_blocking=True),
         lengths=torch.from_numpy(lengths.astype(np.int32)).to(device, non_blocking=True),
         mask=None if mask is None else torch.from_numpy(mask)[:, None, None],

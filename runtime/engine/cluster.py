@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from threading import Condition, RLock, Thread
 
@@ -153,16 +154,21 @@ class _Play:
         self.left = len(self.requests)
         self.failure: BaseException | None = None
         self.start_s = 0.0
+        self.events: list[tuple[float, Event, int]] = []
+        self.lever, budget_s = episode.cluster.migration, episode.cluster.budget_period_s
+        periods = {Event.MIGRATE: self.lever.period_s if self.lever else 0.0, Event.BUDGET: budget_s}
+        self.periods = {event: period_s for event, period_s in periods.items() if period_s}
 
     def run(self) -> None:
         """Play to the end."""
         w = self.episode.workload
-        self.events = [(float(w.arrived_at_s[k]), Event.ARRIVAL, k) for k in np.flatnonzero(w.after < 0)]
-        self._tick(Event.MIGRATE, migration.period_s if (migration := self.episode.cluster.migration) else 0)
-        self._tick(Event.BUDGET, self.episode.cluster.budget_period_s)
+        for row in np.flatnonzero(w.after < 0).tolist():
+            self._push(float(w.arrived_at_s[row]), Event.ARRIVAL, row)
+        for event, period_s in self.periods.items():
+            self._push(period_s, event, 0)
         if self.router.period_s:
-            self.events += [(at, Event.SCRAPE, i) for i, at in enumerate(self.router.next_scrape)]
-        heapq.heapify(self.events)
+            for i, at in enumerate(self.router.next_scrape):
+                self._push(at, Event.SCRAPE, i)
         threads = [
             Thread(target=self._serve, args=(instance,), name=f"engine {instance.number}", daemon=True)
             for instance in self.instances
@@ -170,7 +176,7 @@ class _Play:
         self.start_s = time.perf_counter()
         for instance, thread in zip(self.instances, threads, strict=True):
             instance.on_done = self._done
-            instance.scheduler.choose_victim = lambda _, i=instance.number: self.router.victim(i, self.now())
+            instance.scheduler.choose_victim = partial(self._victim, instance.number)
             thread.start()
         try:
             self._route()
@@ -214,6 +220,8 @@ class _Play:
                 self._happen(event, at, which)
 
     def _happen(self, event: Event, at: float, which: int) -> None:
+        if event in self.periods:
+            self._push(at + self.periods[event], event, which)
         if event is Event.ARRIVAL:
             r = self.requests[which]
             r.arrived_s = at
@@ -226,18 +234,11 @@ class _Play:
         elif event is Event.MIGRATE:
             for r, source, target in self.router.moves(self.now()):
                 self._move(r, source, target)
-            self._tick(event, self.episode.cluster.migration.period_s, at)
         else:
             for instance in self.instances:
                 if instance.scheduler.prefills_beside_decodes():
                     cap = self.router.cap(instance.number, self.now())
                     instance.scheduler.cap = cap or instance.scheduler.cap
-            self._tick(event, self.episode.cluster.budget_period_s, at)
-
-    def _tick(self, event: Event, period_s: float, at: float = 0.0) -> None:
-        """The next occasion of a periodic event; a period of 0 is never."""
-        if period_s:
-            self._push(at + period_s, event, 0)
 
     def _push(self, at: float, event: Event, which: int) -> None:
         heapq.heappush(self.events, (at, event, which))
@@ -245,15 +246,13 @@ class _Play:
     def _move(self, r: Request, source: int, target: int) -> None:
         """At once while it waits, by live migration while it decodes."""
         here, there = self.instances[source].scheduler, self.instances[target].scheduler
-        lever = self.episode.cluster.migration
-        assert lever
         if r in here.waiting:
             here.waiting.remove(r)
             r.migrations += 1
             there.enqueue(r)
             here.kick()
-        elif r in here.running:
-            Migration(r, here, there, self.copier, lever.last_blocks, lever.stages).begin()
+        elif r in here.running and self.lever:
+            Migration(r, here, there, self.copier, self.lever.last_blocks, self.lever.stages).begin()
 
     # --- the engines' threads ---------------------------------------------------------------------------
 
@@ -265,6 +264,9 @@ class _Play:
             with self.wake:
                 self.failure = error
                 self.wake.notify()
+
+    def _victim(self, i: int, _: list[Request]) -> tuple[Request, bool] | None:
+        return self.router.victim(i, self.now())
 
     def _done(self, done: list[Request]) -> None:
         """Requests have streamed their last token; sessions go on after their gap."""

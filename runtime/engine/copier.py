@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from servegym.runtime.engine.instance import Instance
+from servegym.runtime.engine.memory import Blocks
 from servegym.runtime.engine.migration import Migration, Phase
 
 
@@ -38,7 +39,7 @@ class BlockCopier:
         self._thread = Thread(target=self._work, name="copier", daemon=True)
         self._thread.start()
 
-    def start(self, migration: Migration, blocks: Sequence[int], to: Sequence[int]) -> None:
+    def start(self, migration: Migration, blocks: Blocks, to: Blocks) -> None:
         """Queue a copy; the tables may change before its turn comes."""
         source, target = (torch.tensor(ids, dtype=torch.int64) for ids in (blocks, to))
         self._jobs.put(_Job(migration, source, target))

@@ -54,10 +54,10 @@ class DecodeGraphs:
         return logits[:n]
 
     def _inputs(self, size: int, width: int, device: torch.device) -> Batch:
-        zeros = torch.zeros(3, size, dtype=torch.int64, device=device)
-        zeros[2] = self.spare * self.block_tokens
         return Batch(
-            *zeros,
+            tokens=torch.zeros(size, dtype=torch.int64, device=device),
+            positions=torch.zeros(size, dtype=torch.int64, device=device),
+            slots=torch.full((size,), self.spare * self.block_tokens, dtype=torch.int64, device=device),
             tables=torch.full((size, width), self.spare, dtype=torch.int64, device=device),
             lengths=torch.ones(size, dtype=torch.int32, device=device),
             mask=None,

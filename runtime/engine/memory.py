@@ -18,6 +18,8 @@ import torch
 from servegym.runtime.engine.config import ModelConfig
 from servegym.runtime.engine.request import Request
 
+Blocks = Sequence[int] | np.ndarray  # numbers of KV blocks
+
 
 @dataclass(slots=True)
 class Unit:

@@ -10,10 +10,10 @@ Whoever calls holds the lock of the cluster; copies run beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
+from servegym.runtime.engine.memory import Blocks
 from servegym.runtime.engine.request import Request
 from servegym.runtime.engine.scheduler import Scheduler
 
@@ -27,7 +27,7 @@ class Phase(Enum):
 class Copier(Protocol):
     """Copies of KV blocks between instances."""
 
-    def start(self, migration: Migration, blocks: Sequence[int], to: Sequence[int]) -> None:
+    def start(self, migration: Migration, blocks: Blocks, to: Blocks) -> None:
         """Copy blocks of the source to blocks of the target; `migration.end_copy` follows when done."""
 
     def cancel(self, migration: Migration) -> None:

@@ -86,8 +86,10 @@ class Transformer:
         if device != "cpu" and not torch.cuda.is_available():
             raise InputError(config.name, "device", device, "this torch sees no CUDA device")
         self.config, self.device, self.dtype = config, torch.device(device), DTYPES[dtype]
-        read = random_weights if isinstance(weights, int) else stored_weights
-        tensors = read(config, weights, self.device, self.dtype)  # type: ignore[operator]
+        if isinstance(weights, int):
+            tensors = random_weights(config, weights, self.device, self.dtype)
+        else:
+            tensors = stored_weights(config, weights, self.device, self.dtype)
         self.embed, self.norm = tensors["embed"], tensors["norm"]
         self.head = tensors.get("head", self.embed)
         self.layers = [

@@ -38,7 +38,7 @@ def previous_turns(workload: Workload) -> list[int]:
 def _mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """SplitMix64's output function (Steele et al. 2014) of two numbers."""
     with np.errstate(over="ignore"):
-        z = x * np.uint64(0x9E3779B97F4A7C15) + y * np.uint64(0xD1B54A32D192ED03)
+        z: np.ndarray = x * np.uint64(0x9E3779B97F4A7C15) + y * np.uint64(0xD1B54A32D192ED03)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))

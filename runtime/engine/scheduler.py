@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from servegym.envs.cluster.settings import Setting
 from servegym.errors import InputError
-from servegym.runtime.engine.memory import Memory
+from servegym.runtime.engine.memory import Blocks, Memory
 from servegym.runtime.engine.request import Request
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ Plan = list[tuple[Request, int]]  # requests of an iteration with their new toke
 class Mover(Protocol):
     """Copies of KV blocks between device and host."""
 
-    def out(self, blocks: Sequence[int], host: Sequence[int]) -> None:
+    def out(self, blocks: Blocks, host: Blocks) -> None:
         """Device to host, before anything that is computed later overwrites the blocks."""
 
-    def back(self, host: Sequence[int], blocks: Sequence[int]) -> None:
+    def back(self, host: Blocks, blocks: Blocks) -> None:
         """Host to device, before anything that is computed later reads the blocks."""
 
 

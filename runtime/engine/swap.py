@@ -8,12 +8,13 @@ pinned, and copies run on a stream of their own, beside the next iteration where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from servegym.errors import InputError
+from servegym.runtime.engine.memory import Blocks
 
 
 class SwapSpace:
@@ -40,7 +41,7 @@ class SwapSpace:
         self.side = torch.cuda.Stream(cache.device) if cache.is_cuda else None
         self.gathered: torch.cuda.Event | None = None
 
-    def out(self, blocks: Sequence[int], host: Sequence[int]) -> None:
+    def out(self, blocks: Blocks, host: Blocks) -> None:
         """Device to host; the blocks may be overwritten by what this thread computes next."""
         if self.group == 1:
             self._fragments(blocks, host, outward=True)
@@ -56,7 +57,7 @@ class SwapSpace:
         if self.side:
             self.gathered = torch.cuda.current_stream().record_event()
 
-    def back(self, host: Sequence[int], blocks: Sequence[int]) -> None:
+    def back(self, host: Blocks, blocks: Blocks) -> None:
         """Host to device; what this thread computes next waits for it."""
         if self.group == 1:
             self._fragments(blocks, host, outward=False)
@@ -72,7 +73,7 @@ class SwapSpace:
         if self.side:
             torch.cuda.synchronize(self.cache.device)
 
-    def _fragments(self, blocks: Sequence[int], host: Sequence[int], *, outward: bool) -> None:
+    def _fragments(self, blocks: Blocks, host: Blocks, *, outward: bool) -> None:
         with self._beside(self.cache):
             for block, place in zip(blocks, host, strict=True):
                 for layer, stored in zip(self.cache, self.host[place], strict=True):
@@ -81,7 +82,7 @@ class SwapSpace:
                         target.copy_(source, non_blocking=True)
         self._wait()
 
-    def _runs(self, host: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    def _runs(self, host: Blocks) -> Iterator[tuple[slice, slice]]:
         """Runs of neighbours in `host`: where in the sequence, and which host blocks."""
         start = 0
         for at in range(1, len(host) + 1):
@@ -89,7 +90,7 @@ class SwapSpace:
                 yield slice(start, at), slice(host[start], host[start] + at - start)
                 start = at
 
-    def _ids(self, blocks: Sequence[int]) -> torch.Tensor:
+    def _ids(self, blocks: Blocks) -> torch.Tensor:
         return torch.as_tensor(blocks, dtype=torch.int64).to(self.cache.device)
 
     def _beside(self, *read: torch.Tensor) -> AbstractContextManager:
