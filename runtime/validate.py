@@ -7,8 +7,9 @@ the machine's own spread: no prediction can be held to less.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +33,13 @@ RANKED = ("e2e_mean_s", *FIGURES)  # policies are ranked by each of these
 
 
 class Player(Protocol):
-    """Real engines on which a policy is played in real time."""
+    """Real engines on which a policy is played in real time.
+
+    Attributes:
+        counts: decisions of the last play by `answered` and, for those that the fallback took, the reason.
+    """
+
+    counts: dict[str, int]
 
     def play(self, policy: Policy, scenario: Scenario, episode: Episode, seed: int = 0) -> Records:
         """What became of the episode's requests, one row each, on the workload's clock.
@@ -54,11 +61,13 @@ class Comparison:
         policy: its name.
         measured: metric of `servegym.envs.metrics.METRICS` -> float64 [repeats].
         predicted: metric -> what the model says.
+        decisions: of all plays, by `answered` and the reason for a fallback.
     """
 
     policy: str
     measured: dict[str, np.ndarray]
     predicted: dict[str, float]
+    decisions: dict[str, int] = field(default_factory=dict)
 
     def typical(self, metric: str) -> float:
         """The median over the repeats."""
@@ -136,16 +145,18 @@ def validate(
     # The model first: what it refuses, it refuses before minutes of play.
     predicted = [_metrics(play(p, scenario, [episode], 1, seed)[0], episode, scenario) for p in policies]
     measured: list[list[dict[str, float]]] = [[] for _ in policies]
+    decisions: list[Counter[str]] = [Counter() for _ in policies]
     rng = np.random.default_rng(seed)
     for k in range(repeats):
         for i in rng.permutation(len(policies)):
             progress(f"repeat {k + 1} of {repeats}: {policies[i].name}")
             records = player.play(policies[i], scenario, episode, seed)
             _check_complete(records, episode, policies[i].name)
+            decisions[i].update(player.counts)
             measured[i].append(_metrics(records, episode, scenario))
     comparisons = tuple(
-        Comparison(policy.name, {name: np.array([run[name] for run in runs]) for name in said}, said)
-        for policy, runs, said in zip(policies, measured, predicted, strict=True)
+        Comparison(p.name, {name: np.array([run[name] for run in runs]) for name in said}, said, dict(asked))
+        for p, runs, said, asked in zip(policies, measured, predicted, decisions, strict=True)
     )
     return Validation(comparisons, episode.workload.rate_rps, len(episode.workload))
 
@@ -208,6 +219,7 @@ def as_json(validation: Validation) -> dict[str, Any]:
         "policies": [
             {
                 "policy": c.policy,
+                "decisions": c.decisions,
                 "metrics": {
                     name: {
                         "measured": [_number(value) for value in values],

@@ -132,6 +132,10 @@ def show(found: Validation) -> None:
         own = found.repeatability(metric)["spearman"]
         ranks.add_row(_title(metric), *(f"{agreement[k]:.2f}" for k in ("spearman", "kendall")), f"{own:.2f}")
     out.print(ranks)
+    for comparison in found.comparisons:
+        fallbacks = {k: n for k, n in comparison.decisions.items() if n and k != "answered"}
+        if fallbacks:
+            out.print(f"{comparison.policy}: the fallback answered {fallbacks}", highlight=False)
     out.print(
         f"largest error {found.largest_error():.1f}%, largest spread of the machine "
         f"{found.largest_spread():.1f}%",

@@ -29,6 +29,7 @@ class Mirror:
 
     def __init__(self, slow=1.0, jitter=0.0, harm=lambda records: records):
         self.slow, self.jitter, self.harm, self.played = slow, jitter, harm, []
+        self.counts = {"answered": 79, "timeout": 1}
 
     def play(self, policy, scenario, episode, seed=0):
         self.played.append(policy.name)
@@ -98,6 +99,12 @@ def test_each_repeat_plays_every_policy_once_in_an_order_of_its_own(episode):
 def test_a_lost_request_or_a_wrong_answer_is_no_result(episode, harm):
     with pytest.raises(RuntimeError, match="unfinished"):
         compared(Mirror(harm=harm), episode)
+
+
+def test_decisions_of_the_fallback_are_counted_over_the_plays(episode):
+    found = compared(Mirror(), episode, repeats=2)
+    assert found.comparisons[0].decisions == {"answered": 158, "timeout": 2}
+    assert as_json(found)["policies"][0]["decisions"]["timeout"] == 2
 
 
 def test_rank_correlation_by_hand():
