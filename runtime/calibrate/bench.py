@@ -52,13 +52,14 @@ class EngineBench:
         smallest = Shape((LEAST_CONTEXT,))
         whole = median(self.run(smallest) for _ in range(ROUNDS))
         launches, passes = [], []
-        for _ in range(ROUNDS):
-            forward = self._forward(smallest)
-            self._wait()
-            start = perf_counter()
-            forward()
-            launches.append(perf_counter() - start)
-            passes.append(timed(forward, self._device))
+        with torch.cuda.stream(self._instance.stream), torch.inference_mode():
+            for _ in range(ROUNDS):
+                forward = self._forward(smallest)
+                self._wait()
+                start = perf_counter()
+                forward()
+                launches.append(perf_counter() - start)
+                passes.append(timed(forward, self._device))
         return max(whole - median(passes), 0.0), median(launches)
 
     def _forward(self, shape: Shape) -> Callable[[], object]:

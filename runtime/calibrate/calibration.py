@@ -20,7 +20,7 @@ from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
 from servegym.runtime.calibrate.machine import Machine, host_bandwidth, memory_bandwidth
 from servegym.runtime.calibrate.measure import beside, measure, typical
 from servegym.runtime.calibrate.shapes import Axes, Design, Limits, design
-from servegym.runtime.calibrate.start import start_costs
+from servegym.runtime.calibrate.start import start_of, warm_up_s, weights_s
 from servegym.runtime.engine.instance import Instance
 from servegym.runtime.engine.model import Transformer
 from servegym.runtime.engine.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
@@ -101,9 +101,10 @@ def calibrate(
     """
     limits = options.limits
     shapes = design(limits, size=options.size, seed=options.seed)
+    progress("weights and warm-up")
+    weights = weights_s(model)  # first: later there is no room on the device for them a second time
     instances = [Instance(m, _setting(options), k) for k, m in enumerate((model, *neighbours))]
-    progress("warm-up")
-    start = start_costs(model, instances)
+    start = start_of(weights, warm_up_s(instances))
     benches = [EngineBench(instance, options.seed + k) for k, instance in enumerate(instances)]
     every = (*shapes.fitted, *shapes.held_out)
     with beside(benches[1:], every, options.seed):

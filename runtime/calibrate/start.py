@@ -15,19 +15,24 @@ from servegym.runtime.engine.instance import Instance
 from servegym.runtime.engine.model import Transformer, parameters
 
 
-def start_costs(model: Transformer, instances: Sequence[Instance]) -> Start:
-    """Warm up all instances; seconds of the first's, and of reading the weights from the page cache."""
+def warm_up_s(instances: Sequence[Instance]) -> float:
+    """Warm up all instances; seconds of the first."""
     seconds = []
     for instance in instances:
         start = perf_counter()
         instance.warm_up()
         seconds.append(perf_counter() - start)
+    return seconds[0]
+
+
+def start_of(weights: float, warm_up: float) -> Start:
+    """The stages that happen inside this process; the others are not measured and stand as 0."""
     return Start(
         bootstrap_s=0.0,
-        weights_s=round(weights_s(model), 3),
+        weights_s=round(weights, 3),
         compile_s=0.0,
         memory_profile_s=0.0,
-        graph_capture_s=round(seconds[0], 3),
+        graph_capture_s=round(warm_up, 3),
         other_s=0.0,
     )
 

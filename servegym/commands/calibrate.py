@@ -23,7 +23,7 @@ from servegym.runtime.engine.model import Transformer
 
 # token budget, sequences, context, KV blocks; None: what fits into the device's memory.
 DEFAULTS = {"cpu": (256, 16, 1024, 1024), "cuda": (2048, 256, 8192, None)}
-MEMORY_SHARE = 0.85  # of what the weights leave, for the KV pools; the rest is for activations
+MEMORY_SHARE = 0.8  # of what the weights leave, for the KV pools; the rest is for activations and copies
 
 
 @dataclass(kw_only=True)
@@ -118,10 +118,10 @@ class Command:
         )
 
     def _fitting(self, model: Transformer) -> int:
-        """Blocks of each of the pools that fit beside the weights; one more is the target of migrations."""
+        """Blocks of each instance's pool that fit beside the weights; 1 on the CPU, which takes a default."""
         if self.device != "cuda":
             return 1
         free, _ = torch.cuda.mem_get_info()
         itemsize = model.dtype.itemsize
         block = model.config.geometry(itemsize).kv_bytes_per_token * self.block_tokens
-        return int(MEMORY_SHARE * free / block / (self.neighbours + 1))
+        return int(MEMORY_SHARE * free / block / self.neighbours)
