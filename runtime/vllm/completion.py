@@ -88,7 +88,7 @@ class Completion:
     def prompt_estimate(self) -> int:
         """Tokens of the prompt; about a quarter of its bytes while it is text."""
         if isinstance(self.prompt, str):
-            return max(1, len(self.prompt.encode()) // 4)
+            return max(1, len(self.prompt.encode(errors="replace")) // 4)
         return max(1, len(self.prompt)) if isinstance(self.prompt, list) else 1
 
 

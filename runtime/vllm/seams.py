@@ -121,9 +121,12 @@ def _moved_fields(classes: dict[str, Any]) -> list[str]:
 
 
 def _source(owner: Any, name: str) -> str:
-    """The code of a method in all base classes, without white space."""
+    """The code of a method in all base classes, without white space; nothing where it cannot be read."""
     bodies = [vars(base)[name] for base in owner.__mro__ if name in vars(base)]
-    return "".join(_squeeze(inspect.getsource(body)) for body in bodies if inspect.isfunction(body))
+    try:
+        return "".join(_squeeze(inspect.getsource(body)) for body in bodies if inspect.isfunction(body))
+    except OSError:
+        return ""
 
 
 def _squeeze(text: str) -> str:

@@ -43,7 +43,7 @@ def text_of(tokens: Sequence[int]) -> str:
 
 
 def tokenize(prompt: str | list[int]) -> list[int]:
-    return list(prompt.encode()) if isinstance(prompt, str) else prompt
+    return list(prompt.encode(errors="replace")) if isinstance(prompt, str) else prompt
 
 
 def answer(prompt: str | list[int], max_tokens: int, ignore_eos: bool = True) -> list[int]:
@@ -110,8 +110,12 @@ class FakeEngine:
         body = await http.json()
         if self.refuses:
             return web.json_response({"error": {"message": "no", "code": self.refuses}}, status=self.refuses)
-        tokens = tokenize(body["prompt"])
-        if body.get("max_tokens", 16) < 1 or not tokens:
+        try:
+            tokens, most = tokenize(body["prompt"]), body.get("max_tokens", 16)
+            good = tokens and all(type(t) is int for t in tokens) and 1 <= most <= 2000
+        except (TypeError, KeyError, AttributeError):
+            good = False
+        if not good:
             return web.json_response({"error": {"message": "max_tokens", "code": 400}}, status=400)
         self.served.append(tokens)
         self.bodies.append(body)
@@ -121,7 +125,7 @@ class FakeEngine:
                 await asyncio.sleep(3600)
             async with self._slots:
                 return await (
-                    self._stream(http, body, tokens) if body["stream"] else self._whole(body, tokens)
+                    self._stream(http, body, tokens) if body.get("stream") else self._whole(body, tokens)
                 )
         finally:
             del self.open[id(http)]
@@ -152,7 +156,8 @@ class FakeEngine:
 
     async def _whole(self, body: dict, tokens: list[int]) -> web.Response:
         params = None
-        if body.get("kv_transfer_params", {}).get("do_remote_decode"):
+        asked = body.get("kv_transfer_params")
+        if isinstance(asked, dict) and asked.get("do_remote_decode"):
             name = f"{self.url}/{len(self.kept)}"
             self.kept[name] = tokens
             params = {"do_remote_prefill": True, "remote_request_id": name}

@@ -42,7 +42,7 @@ class Client:
     """Talks to the migrator."""
 
     def __init__(self, url: str, migrator: Migrator, http: aiohttp.ClientSession) -> None:
-        self.url, self.migrator, self._http = url, migrator, http
+        self.url, self.migrator, self.http = url, migrator, http
 
     async def complete(self, **fields: Any) -> tuple[str, list[int], dict]:
         """A streamed answer: text, token ids, last choice."""
@@ -55,7 +55,7 @@ class Client:
 
     async def events(self, **fields: Any) -> list[dict]:
         body = {"model": "fake", "stream": True, "return_token_ids": True, "temperature": 0, **fields}
-        async with self._http.post(f"{self.url}/v1/completions", json=body) as response:
+        async with self.http.post(f"{self.url}/v1/completions", json=body) as response:
             assert response.status == 200, await response.text()
             lines = (await response.read()).split(b"\n\n")
         assert lines[-2:] == [b"data: [DONE]", b""]
@@ -63,11 +63,11 @@ class Client:
 
     async def post(self, body: Any, path: str = "/v1/completions") -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with self._http.post(self.url + path, data=data) as response:
+        async with self.http.post(self.url + path, data=data) as response:
             return response.status, await response.json()
 
     async def get(self, path: str) -> tuple[int, str]:
-        async with self._http.get(self.url + path) as response:
+        async with self.http.get(self.url + path) as response:
             return response.status, await response.text()
 
 
@@ -245,6 +245,50 @@ def test_refusals_reach_the_client():
             assert (await client.get("/v1/models"))[0] == (await client.get("/health"))[0] == 503
             status, text = await client.get("/metrics")
             assert status == 200 and f'servegym_engine_available{{engine="{some[0].url}"}} 0.0' in text
+
+    run(case)
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1e9,
+    0.5,
+    float("nan"),
+    "",
+    "x",
+    "\ud800",
+    [],
+    [1, 2],
+    [None],
+    ["a"],
+    {},
+    {"a": 1},
+]
+
+
+def test_odd_requests_are_answered():
+    async def case() -> None:
+        dice = random.Random(0)
+        fields = [
+            "prompt", "max_tokens", "min_tokens", "stop", "stream", "stream_options", "n", "seed", "model",
+            "vllm_xargs", "priority", "logprobs", "return_token_ids", "kv_transfer_params", "temperature",
+        ]  # fmt: skip
+        async with serving(FakeEngine(), FakeEngine()) as client:
+            for _ in range(300):
+                body = {
+                    "prompt": "x",
+                    "max_tokens": 4,
+                    **{dice.choice(fields): dice.choice(ODD) for _ in range(3)},
+                }
+                data = json.dumps(body).encode()
+                async with client.http.post(f"{client.url}/v1/completions", data=data) as response:
+                    assert response.status in (200, 400), (response.status, body)
+                    await response.read()
+            assert not client.migrator.relays and not client.migrator.tally.counts["lost"]
 
     run(case)
 
