@@ -31,6 +31,7 @@ class Ask:
 
     Attributes:
         prompt: its text, parts in order; or its token ids where the client sent these.
+        is_chat: engines put the text into a template of the model's before they tokenise it.
         most_tokens, least_tokens: bounds on its output; 0 where there is none.
         service: name of its class. ttft_s, tpot_s, weight, priority: what it may expect.
         session: name of its conversation, or None.
@@ -38,6 +39,7 @@ class Ask:
     """
 
     prompt: bytes | list[int]
+    is_chat: bool = False
     most_tokens: int = 0
     least_tokens: int = 0
     service: str = DEFAULT_CLASS
@@ -68,6 +70,7 @@ def read_ask(headers: Mapping[str, str], body: bytes, classes: Mapping[str, Serv
     key = fields.get("prompt_cache_key")
     return Ask(
         prompt=_prompt(fields) or body,
+        is_chat="prompt" not in fields,
         most_tokens=most,
         least_tokens=most if fields.get("ignore_eos") is True else least,
         service=name,

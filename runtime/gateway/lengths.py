@@ -74,14 +74,18 @@ class Lengths:
         return self._bytes_per_token.value
 
     def prompt(self, ask: Ask) -> tuple[int, Sequence[int]]:
-        """Tokens of a prompt, at least 1, and the ids of as many leading ones as are known."""
+        """Tokens of a prompt, at least 1, and the ids of as many leading ones as are known.
+
+        A chat's are not: its template is the engine's.
+        """
         if isinstance(ask.prompt, list):
             return max(len(ask.prompt), 1), ask.prompt
         if self._encode is None:
             return max(round(len(ask.prompt) / self.bytes_per_token), 1), ()
         ids = self._encode(ask.prompt[:TOKENIZED_BYTES])
         rest = max(len(ask.prompt) - TOKENIZED_BYTES, 0)
-        return max(len(ids) + round(rest / self.bytes_per_token), 1), ids
+        tokens = max(len(ids) + round(rest / self.bytes_per_token), 1)
+        return tokens, () if ask.is_chat else ids
 
     def output(self, ask: Ask) -> int:
         """Predicted output tokens, at least 1."""

@@ -5,7 +5,7 @@ names all that stands before, too. Two kinds of ids go side by side:
 
 - of token blocks, where token ids are known, of an engine's own block size. What the engine holds is told by
   its KV events (`Events`), exactly.
-- of byte blocks otherwise. An engine is taken to hold what was sent to it most recently, as much as its KV
+- of byte blocks otherwise, of chats always, whose template only the engine knows. An engine is taken to hold what was sent to it most recently, as much as its KV
   cache has room for (as llm-d and the Gateway API Inference Extension do).
 
 Python's hash of bytes is keyed by a secret of the process, so that no client can make ids collide.

@@ -25,6 +25,8 @@ def test_a_chat_counts_roles_and_all_text_parts():
         {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]},
     ]
     assert ask({"messages": messages}).prompt == b"systembe briefusertexthitextyou"
+    assert ask({"messages": messages}).is_chat
+    assert not ask({"prompt": "hi"}).is_chat
 
 
 def test_the_same_conversation_begins_with_the_same_bytes():

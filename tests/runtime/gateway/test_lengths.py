@@ -26,6 +26,10 @@ def test_a_tokenizer_counts_exactly_and_the_rest_of_a_long_prompt_by_bytes():
     assert tokens == len(ids) + round(5 * TOKENIZED_BYTES / 4)
 
 
+def test_a_chat_is_counted_but_its_ids_are_the_template_s():
+    assert Lengths(words).prompt(Ask(b"a bb", is_chat=True)) == (2, ())
+
+
 def test_token_ids_count_as_they_are():
     assert Lengths().prompt(Ask([5, 6])) == (2, [5, 6])
     assert Lengths().prompt(Ask([]))[0] == 1
