@@ -4,11 +4,12 @@ A prompt is cut into blocks, and the id of a block is a hash of it and of the id
 names all that stands before, too. Two kinds of ids go side by side:
 
 - of token blocks, where token ids are known, of an engine's own block size. What the engine holds is told by
-  its KV events (`Events`), exactly.
-- of byte blocks otherwise, of chats always, whose template only the engine knows. An engine is taken to hold what was sent to it most recently, as much as its KV
-  cache has room for (as llm-d and the Gateway API Inference Extension do).
+  its KV events (`kv_events`), exactly.
+- of byte blocks otherwise, and of chats always, whose template only the engine knows. An engine is taken to
+  hold what was sent to it most recently, as much as its KV cache has room for (as llm-d and the Gateway API
+  Inference Extension do).
 
-Python's hash of bytes is keyed by a secret of the process, so that no client can make ids collide.
+Ids that collide cost a wrong estimate, no more.
 """
 
 from __future__ import annotations
