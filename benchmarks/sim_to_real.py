@@ -50,7 +50,7 @@ from servegym.runtime.players import open_player
 from servegym.runtime.validate import Validation, as_json, validate
 
 GOAL, RANK_GOAL = 10.0, 0.9  # policies are ranked by mean E2E
-DEPTHS = {"shallow": 4, "deep": 16}  # layers
+DEPTHS = {"shallow": 3, "deep": 12}  # layers
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 384,
@@ -62,7 +62,7 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 LIMITS = Limits(token_budget=128, max_seqs=8, max_context=512, kv_blocks=256, block_tokens=16)
-ROUNDS, SIZE = 5, 40
+ROUNDS, SIZE = 5, 30
 POLICIES = (
     "round_robin",
     "random",
@@ -72,7 +72,7 @@ POLICIES = (
     "least_work_predicted",
 )
 REQUESTS, SESSIONS, PROMPT, OUTPUT = 160, 6, (30, 90), (15, 45)  # lengths uniform
-LOAD, REPEATS, SEED = 5.0, 2, 4
+LOAD, REPEATS, SEED = 5.0, 3, 4
 SCENARIO = Scenario(scrape_s=0.0, prediction_error=0.3, prefix_caching=False)
 
 
