@@ -49,13 +49,14 @@ class EngineView:
         self.view.arrived(row)
         self.view.dispatched(row, 0)
 
-    def finished(self, request: Any) -> None:
-        """A request ended, well or not; again is harmless."""
+    def finished(self, request: Any, is_whole: bool = True) -> None:
+        """A request ended, with a whole answer or without; again is harmless."""
         row = self._requests.pop(request.request_id, None)
         if row is not None:
             self._catch_up(row, request)
             self.view.finished(row)
-            self._lengths.add(max(1, row.streamed_tokens))
+            if is_whole:
+                self._lengths.add(max(1, row.streamed_tokens))
 
     def preempted(self, request: Any) -> None:
         """A request gives way."""

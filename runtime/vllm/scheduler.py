@@ -40,6 +40,7 @@ from servegym.runtime.vllm.seams import moved
 logger = init_logger("vllm.servegym")
 LAST = 1 << 64  # beyond every priority that a client can give
 REPORT_S = 60.0
+WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 REMEMBERED = 4096  # decision times and victims
 
 
@@ -159,7 +160,7 @@ class ServeGymScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        self._engine.finished(request)
+        self._engine.finished(request, request.status in WHOLE)
         return super()._free_request(request, delay_free_blocks)
 
     def shutdown(self) -> None:

@@ -78,6 +78,9 @@ def test_what_clients_say_and_what_answers_teach():
     hinted.num_output_tokens = 8
     assert view.left_tokens(hinted) == 22
     view.finished(hinted)
+    cut = request("cut", num_output_tokens=1)
+    view.arrived(cut)
+    view.finished(cut, is_whole=False)  # teaches nothing
     view.arrived(request("b"))
     assert view.left_tokens(request("b")) == 8
     assert view.left_tokens(request("unknown")) == 50
