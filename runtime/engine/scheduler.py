@@ -70,14 +70,19 @@ class Scheduler:
             raise InputError("engine", "prefix_block_tokens", unit_tokens, hint)
         self.setting, self.number, self.mover = setting, number, mover
         self.choose_victim, self.kick = choose_victim, kick
-        self.memory = Memory(setting.blocks, setting.block_tokens, unit_tokens)
-        self.host_empty = list(range(setting.host_blocks))
+        self.unit_tokens = unit_tokens
+        self.out: Migration | None = None
+        self.inbound: Migration | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start empty."""
+        self.memory = Memory(self.setting.blocks, self.setting.block_tokens, self.unit_tokens)
+        self.host_empty = list(range(self.setting.host_blocks))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.batch: Plan = []  # the iteration in flight
-        self.cap = setting.budget  # most prompt tokens of an iteration
-        self.out: Migration | None = None
-        self.inbound: Migration | None = None
+        self.cap = self.setting.budget  # most prompt tokens of an iteration
         self.joiner: Request | None = None  # has migrated to here and is not in the batch yet
         self.reserved: list[int] = []  # blocks for the request of `inbound`, then for the joiner
         self.preemptions = self.admissions = 0
@@ -259,5 +264,4 @@ class Scheduler:
             self.out.abort()
         if self.inbound:
             self.inbound.abort()
-        kept = self.setting, self.mover, self.number, self.memory.unit_tokens, self.choose_victim, self.kick
-        self.__init__(*kept)  # type: ignore[misc]
+        self._forget()
