@@ -18,7 +18,6 @@ from servegym.runtime.gateway.envoy import find_envoy
 from servegym.runtime.vllm.launch import Engine, free_ports
 
 READY_S, STOP_S = 60.0, 40.0
-TICKS = os.sysconf("SC_CLK_TCK")
 POLICIES = {"round robin": "ROUND_ROBIN", "least request": "LEAST_REQUEST"}  # of Envoy itself
 
 
@@ -52,9 +51,9 @@ class Front:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system seconds of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    """CPU seconds of a process' threads that live; /proc/PID/stat counts in steps of 10 ms."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text(encoding="ascii").split()[0]) for task in tasks) * 1e-9
 
 
 def children(pid: int) -> list[int]:
