@@ -26,6 +26,7 @@ PICKER_TIMEOUT_S = 0.5  # for one answer of the picker; then Envoy goes on witho
 READY_S, STOP_S = 20.0, 5.0
 UNLIMITED = 1 << 20  # connections and requests: the picker sheds, Envoy does not
 RETRY_ON = "connect-failure,refused-stream,reset,retriable-status-codes"
+RESELECTIONS = 8  # of hosts, where a choice was one that has failed
 RETRIED = [500, 502, 503]  # an engine whose core died answers 500 to what it had
 
 # hold.wat, translated.
@@ -108,6 +109,8 @@ def _processor() -> Config:
 
 
 def _route(settings: Settings) -> Config:
+    # Beyond the picker's list, or without one, Envoy chooses itself: not what has just failed.
+    predicate = _typed("extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate")
     return {
         "match": {"prefix": "/"},
         "route": {
@@ -117,6 +120,10 @@ def _route(settings: Settings) -> Config:
                 "retry_on": RETRY_ON,
                 "retriable_status_codes": RETRIED,
                 "num_retries": settings.retries,
+                "retry_host_predicate": [
+                    {"name": "envoy.retry_host_predicates.previous_hosts", "typed_config": predicate}
+                ],
+                "host_selection_retry_max_attempts": RESELECTIONS,
                 "per_try_idle_timeout": _seconds(settings.idle_timeout_s),
                 "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.050s"},
             },
