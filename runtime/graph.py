@@ -57,10 +57,10 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(np.array(values, dtype, order="C"), name))
         return name
 
-    def add(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
-        """Add a node; of several outputs the names are NAME.0, NAME.1, ..."""
+    def add(self, op: str, *inputs: str, parts: int | None = None, **attributes: Any) -> str:
+        """Add a node; one that has several outputs names these NAME.0, NAME.1, ..."""
         name = f"v{len(self.nodes)}"
-        names = [name] if outputs == 1 else [f"{name}.{k}" for k in range(outputs)]
+        names = [name] if parts is None else [f"{name}.{k}" for k in range(parts)]
         self.nodes.append(helper.make_node(op, inputs, names, name, **attributes))
         return name
 
@@ -132,7 +132,7 @@ class _Builder:
         )
         every = self.graph.product(self._logged("edges"), weight, self.graph.constant(bias))
         sizes = self.graph.constant([self.h] * len(names), np.int64)
-        split = self.graph.add("Split", every, sizes, outputs=len(names), axis=1)
+        split = self.graph.add("Split", every, sizes, parts=len(names), axis=1)
         return [f"{split}.{k}" for k in range(len(names))]
 
     def _context(self) -> str:
