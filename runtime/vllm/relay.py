@@ -121,7 +121,8 @@ class Relay:
                 finally:
                     leg.close()
             except (EngineLostError, EngineRefusedError) as error:
-                await self._replace(error)
+                if not self.splice.is_exhausted():
+                    await self._replace(error)
             if self.splice.is_exhausted() and not self.splice.finished:
                 yield self.splice.exhaust()
             params = await self._switch() if not self.splice.finished else None
