@@ -110,6 +110,8 @@ def calibrate(
     with beside(benches[1:], every, options.seed):
         overhead_s, launch_s = benches[0].overheads()
         seconds = measure(benches[0], every, rounds=options.rounds, seed=options.seed, progress=progress)
+    # What is left of every iteration must be positive, however disturbed the measurement of the overhead was.
+    overhead_s = min(overhead_s, float(typical(seconds).min()) / 2)
     progress("copies")
     setting = instances[0].setting._replace(blocks=_most_copied(limits), host_blocks=0)
     target = Instance(model, setting, number=-1)
@@ -117,7 +119,11 @@ def calibrate(
     progress("bandwidth and migration")
     figures = _figures(instances[0], options)
     figures |= {"overhead, us": overhead_s * 1e6, "launch of a forward pass, us": launch_s * 1e6}
-    figures |= {f"{field.removesuffix('_s')}, s": value for field, value in vars(start).items() if value}
+    figures |= {
+        f"start: {field.removesuffix('_s').replace('_', ' ')}, s": value
+        for field, value in vars(start).items()
+        if value
+    }
     blank = _blank(model, machine, limits, name, shapes.axes)
     fixed = replace(blank, overhead_us=round(overhead_s * 1e6, 2), start=start, **links)
     count = len(shapes.fitted)

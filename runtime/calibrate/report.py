@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,21 @@ def _plot_parts(calibration: Calibration, axes: Any) -> None:
     count = len(calibration.design.fitted)
     shapes, seconds = calibration.design.fitted, typical(calibration.seconds)[:count]
     grids: tuple[tuple[str, str, Any], ...] = (
-        ("equal decodes", "batch", lambda s: (s.contexts[0], len(s.contexts)) if _is_equal(s) else None),
-        ("equal decodes", "context", lambda s: (len(s.contexts), s.contexts[0]) if _is_equal(s) else None),
-        ("one chunk", "new tokens", lambda s: s.chunks[0][::-1] if _is_one_chunk(s) else None),
+        ("decodes by context", "batch", lambda s: (s.contexts[0], len(s.contexts)) if _is_equal(s) else None),
+        ("decodes by batch", "context", lambda s: (len(s.contexts), s.contexts[0]) if _is_equal(s) else None),
+        ("a chunk by past", "new tokens", lambda s: s.chunks[0][::-1] if _is_one_chunk(s) else None),
     )
     predicted = predict(calibration.profile, shapes)
     for axis, (title, label, key) in zip(axes, grids, strict=True):
         keys = [key(shape) for shape in shapes]
-        for k, group in enumerate(sorted({found[0] for found in keys if found})):
+        sizes = Counter(found[0] for found in keys if found)
+        for k, group in enumerate(sorted(group for group, size in sizes.items() if size > 2)):
             rows = sorted((found[1], i) for i, found in enumerate(keys) if found and found[0] == group)
             at, which = [x for x, _ in rows], [i for _, i in rows]
             axis.plot(at, 1e3 * predicted[which], color=f"C{k % 10}", linewidth=0.8)
             axis.scatter(at, 1e3 * seconds[which], color=f"C{k % 10}", s=12, label=str(group))
         axis.set(xlabel=label, ylabel="ms", xscale="log", yscale="log", title=title)
+        axis.minorticks_off()
         axis.legend(fontsize="x-small")
 
 
