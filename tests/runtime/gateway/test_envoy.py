@@ -232,6 +232,20 @@ def test_without_its_picker_envoy_goes_on():
     run(test)
 
 
+def test_without_its_picker_envoy_still_loses_nothing_to_a_dead_engine():
+    async def test():
+        a, b, c = (FakeEngine(first_s=0.5) for _ in range(3))
+        async with behind_envoy(a, b, c) as (gateway, client, _):
+            await gateway._server.stop(0)
+            tasks = [asyncio.create_task(client.post(STREAM)) for _ in range(30)]
+            await until(lambda: a.running + b.running + c.running == 30)
+            assert a.running
+            await a.stop()
+            assert await asyncio.gather(*tasks) == [(200, TOKENS, True)] * 30
+
+    run(test)
+
+
 def test_a_picker_that_stalls_holds_nothing_up_for_longer_than_its_time():
     async def test():
         a = FakeEngine()
