@@ -61,7 +61,7 @@ SHAPE = {
     "vocab_size": 2048,
     "max_position_embeddings": 4096,
 }
-LIMITS = Limits(token_budget=128, max_seqs=8, max_context=512, kv_blocks=256, block_tokens=16)
+LIMITS = Limits(token_budget=128, max_seqs=8, max_context=160, kv_blocks=128, block_tokens=16)
 ROUNDS, SIZE = 5, 30
 POLICIES = (
     "round_robin",
