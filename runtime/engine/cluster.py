@@ -118,10 +118,10 @@ class EnginePlayer:
             Instance(self._model(spec), s.setting, number, unit, lock)
             for number, (spec, s) in enumerate(zip(cluster.instances, settings, strict=True))
         ]
-        if migrates and len({id(instance.model) for instance in instances}) > 1:
-            raise InputError(
-                cluster.name, "migration", "mixed", "KV moves between replicas of one model only"
-            )
+        kinds = [(instance.model.config, instance.model.dtype) for instance in instances]
+        if migrates and any(kind != kinds[0] for kind in kinds):
+            hint = "KV moves between replicas of one model only"
+            raise InputError(cluster.name, "migration", "mixed models", hint)
         for instance in instances:
             instance.warm_up()
         self._fleet = cluster, unit, settings, instances
@@ -149,7 +149,7 @@ class _Play:
         self.wake = Condition(self.lock)
         self.copier = BlockCopier(instances, self.lock)
         self.followers = {int(a): row for row, a in enumerate(episode.workload.after) if a >= 0}
-        vocabulary = instances[0].model.config.vocabulary
+        vocabulary = min(instance.model.config.vocabulary for instance in instances)
         self.requests = [self._request(row, vocabulary) for row in range(len(episode.workload))]
         self.left = len(self.requests)
         self.failure: BaseException | None = None

@@ -1,5 +1,8 @@
 """Instances in real time: every request gets its tokens, wherever it goes meanwhile."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,8 @@ from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.workload import make_workload
 from servegym.errors import InputError
 from servegym.runtime.engine.cluster import EnginePlayer
+from servegym.runtime.engine.config import load_config
+from servegym.runtime.engine.model import Transformer
 
 SYSTEM = "least_tokens+llumnix+victim_cost_aware+budget_tpot"
 
@@ -82,6 +87,22 @@ def test_an_engine_that_fails_ends_the_play(player, tiny_profile, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         player.play(make_heuristic("round_robin"), Scenario(), case)
+
+
+@pytest.mark.parametrize("field", ["block_tokens", "migration"])
+def test_kv_moves_between_equals_only(tiny_profile, write_config, field):
+    case = episode(tiny_profile, workload(3))
+    here, there = case.cluster.instances
+    other = Path(tiny_profile).with_name("other.json")
+    other.write_text(Path(tiny_profile).read_text())
+    models = {str(other): Transformer(load_config(write_config(num_hidden_layers=3)))}
+    changed = {"block_tokens": 8} if field == "block_tokens" else {"profile": str(other)}
+    mixed = replace(case.cluster, instances=(here, replace(there, **changed)))
+    with pytest.raises(InputError) as caught:
+        EnginePlayer(models=models).play(
+            make_heuristic("round_robin"), Scenario(), replace(case, cluster=mixed)
+        )
+    assert caught.value.field == field
 
 
 def test_a_profile_without_its_model_is_refused(player):
