@@ -5,8 +5,9 @@ An engine connects to us and publishes under a topic that names its address:
     --kv-events-config '{"enable_kv_cache_events": true, "publisher": "zmq",
                          "endpoint": "tcp://127.0.0.1:5557", "topic": "kv@127.0.0.1:8101@MODEL"}'
 
-Messages are [topic, sequence number, msgpack of [time, [event, ...], rank]]; an event is an array of its name
-and fields in vLLM's order. A gap in the numbers means lost events: the engine's blocks are forgotten.
+Messages are [topic, sequence number, msgpack of [time, [event, ...], rank]]; an event is a map of its fields
+with its `type`, before vLLM 0.32 an array of its type and fields in vLLM's order. A gap in the numbers means
+lost events: the engine's blocks are forgotten.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ import zmq.asyncio
 
 from servegym.errors import InputError
 from servegym.runtime.gateway.books import Books
+from servegym.runtime.gateway.prefixes import PrefixIndex
 from servegym.runtime.gateway.telemetry import Telemetry
 
 MOST_BYTES = 64 << 20
+_ORDER: dict[str, tuple[str, ...]] = {
+    "BlockStored": ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium"),
+    "BlockRemoved": ("block_hashes", "medium"),
+    "AllBlocksCleared": (),
+}
 
 
 class KVEvents:
@@ -69,23 +76,24 @@ class KVEvents:
             self._telemetry.event("kv_events_lost", engine=address)
         self._next[address] = sequence + 1
         for event in events if isinstance(events, list) else ():
-            _apply(index, event)
+            try:
+                _apply(index, event)
+            except (ValueError, TypeError, IndexError, KeyError, AttributeError):
+                self._telemetry.count("kv_events_unreadable")
 
 
-def _apply(index: Any, event: Any) -> None:
+def _apply(index: PrefixIndex, event: Any) -> None:
     """One event; those of other memories than the device's do not matter here."""
-    if not isinstance(event, list) or not event:
+    if isinstance(event, list):
+        event = {"type": event[0], **dict(zip(_ORDER[event[0]], event[1:], strict=False))}
+    kind = event["type"]
+    if kind == "AllBlocksCleared":
+        index.clear()
+    elif kind not in _ORDER or event.get("medium") not in (None, "GPU"):
         return
-    name, *fields = event
-    try:
-        if name == "BlockStored":
-            hashes, parent, tokens, block_tokens, *rest = fields
-            if len(rest) < 2 or rest[1] in (None, "GPU"):
-                index.stored(hashes, parent, tokens, block_tokens)
-        elif name == "BlockRemoved":
-            if len(fields) < 2 or fields[1] in (None, "GPU"):
-                index.removed(fields[0])
-        elif name == "AllBlocksCleared":
-            index.clear()
-    except (ValueError, TypeError, IndexError):
-        return
+    elif kind == "BlockStored":
+        index.stored(
+            event["block_hashes"], event.get("parent_block_hash"), event["token_ids"], event["block_size"]
+        )
+    else:
+        index.removed(event["block_hashes"])

@@ -18,8 +18,16 @@ def message(number: int, *events: list, topic: bytes = TOPIC) -> list[bytes]:
     return [topic, number.to_bytes(8, "big"), msgpack.packb([1.5, list(events), 0])]
 
 
-def stored(*hashes: object, tokens=TOKENS, parent=None, medium="GPU") -> list:
-    return ["BlockStored", list(hashes), parent, tokens, 16, None, medium]
+def stored(*hashes: object, tokens=TOKENS, parent=None, medium="GPU") -> dict:
+    fields = {"block_hashes": list(hashes), "parent_block_hash": parent, "token_ids": tokens}
+    return {"type": "BlockStored", **fields, "block_size": 16, "lora_id": None, "medium": medium}
+
+
+def removed(*hashes: object, medium="GPU") -> dict:
+    return {"type": "BlockRemoved", "block_hashes": list(hashes), "medium": medium}
+
+
+CLEARED = {"type": "AllBlocksCleared"}
 
 
 @pytest.fixture
@@ -36,7 +44,15 @@ def held(events: KVEvents) -> list[int]:
 def test_blocks_that_an_engine_stores_and_drops(events):
     events.read(message(0, stored(b"a", b"b")))
     assert held(events) == [2, 0]
-    events.read(message(1, ["BlockRemoved", [b"b"], "GPU"]))
+    events.read(message(1, removed(b"b")))
+    assert held(events) == [1, 0]
+    events.read(message(2, CLEARED))
+    assert held(events) == [0, 0]
+
+
+def test_events_as_older_engines_write_them(events):
+    events.read(message(0, ["BlockStored", [1, 2], None, TOKENS, 16, None, "GPU"]))
+    events.read(message(1, ["BlockStored", [3], None, [7] * 16, 16, None, "CPU"], ["BlockRemoved", [2]]))
     assert held(events) == [1, 0]
     events.read(message(2, ["AllBlocksCleared"]))
     assert held(events) == [0, 0]
@@ -45,7 +61,7 @@ def test_blocks_that_an_engine_stores_and_drops(events):
 def test_blocks_in_other_memories_do_not_count(events):
     events.read(message(0, stored(1, 2, medium="CPU")))
     assert held(events) == [0, 0]
-    events.read(message(1, stored(1, 2), ["BlockRemoved", [1, 2], "CPU"]))
+    events.read(message(1, stored(1, 2), removed(1, 2, medium="CPU")))
     assert held(events) == [2, 0]
 
 
@@ -65,6 +81,7 @@ def test_lost_messages_make_the_index_forget(events):
         [b"kv@", b"\0" * 8, b""],
         [b"\xff", b"\0" * 8, msgpack.packb([1, [], 0])],
         message(0, topic=b"kv@10.0.0.1:1@tiny"),
+        message(0, {}, {"type": []}, {"type": "BlockStored"}, {"type": "Unknown"}, removed([]), None),
         message(0, 7, [], ["Unknown"], ["BlockStored"], ["BlockStored", 1, 2, 3, 4], ["BlockRemoved", 5]),
         message(0, ["BlockStored", [[1]], None, [1] * 16, 16], stored(1, tokens=["x", {}], parent=[])),
         message(0, ["BlockStored", [1], None, [1] * 16, 0], ["BlockStored", [1], None, [1] * 16, -3]),
