@@ -85,7 +85,7 @@ class Splice:
 
     def is_exhausted(self) -> bool:
         """Whether all tokens that the client asked for are there, though no engine said so."""
-        return self._max_tokens is not None and len(self.tokens) >= self._max_tokens
+        return self._max_tokens is not None and 0 < self._max_tokens <= len(self.tokens)
 
     def exhaust(self) -> Piece:
         """End an exhausted answer whose engine died before it could."""

@@ -93,22 +93,25 @@ async def serving(*some: FakeEngine, policy: Any = None, **flags: Any) -> AsyncI
 
 
 def run(case: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(case(), 60))
+    asyncio.run(asyncio.wait_for(case(), 120))
 
 
 def test_a_hundred_moves_leave_answers_as_they_are():
     async def case() -> None:
         some = [FakeEngine(seed=k) for k in range(6)]
         async with serving(*some, period_s=0.005) as client:
-            asked = [{"prompt": [k, 2 * k, 5], "max_tokens": 250 + k, "ignore_eos": True} for k in range(40)]
-            found = await asyncio.gather(*(client.complete(**fields) for fields in asked))
-            for fields, (text, ids, last) in zip(asked, found, strict=True):
-                expected = answer(fields["prompt"], fields["max_tokens"])
-                assert ids == expected
-                assert text_of(expected) == text and last["finish_reason"] == "length"
             counts = client.migrator.tally.counts
-            assert counts["migrated"] >= 100, counts
-            assert sum(len(engine.served) for engine in some) >= 140
+            for _ in range(10):  # on a busy machine fewer moves fit into a round
+                asked = [{"prompt": [k, 2, 5], "max_tokens": 200 + k, "ignore_eos": True} for k in range(30)]
+                found = await asyncio.gather(*(client.complete(**fields) for fields in asked))
+                for fields, (text, ids, last) in zip(asked, found, strict=True):
+                    expected = answer(fields["prompt"], fields["max_tokens"])
+                    assert ids == expected
+                    assert text_of(expected) == text and last["finish_reason"] == "length"
+                if counts["migrated"] > 100:
+                    break
+            assert counts["migrated"] > 100, counts
+            assert sum(len(engine.served) for engine in some) > 130
             assert not client.migrator.relays
             for instance in client.migrator.view.instances:
                 assert not instance.inflight and not instance.engaged
