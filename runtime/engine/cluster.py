@@ -147,7 +147,7 @@ class _Play:
         self.episode, self.instances, self.router = episode, instances, router
         self.lock = instances[0].lock
         self.wake = Condition(self.lock)
-        self.copier = BlockCopier(instances, self.lock)
+        self.copier = BlockCopier(instances, self.lock, self._failed)
         self.followers = {int(a): row for row, a in enumerate(episode.workload.after) if a >= 0}
         vocabulary = min(instance.model.config.vocabulary for instance in instances)
         self.requests = [self._request(row, vocabulary) for row in range(len(episode.workload))]
@@ -260,10 +260,14 @@ class _Play:
         torch.set_num_threads(1)
         try:
             instance.serve()
-        except BaseException as error:  # handed to the router's thread, which would wait for ever
-            with self.wake:
-                self.failure = error
-                self.wake.notify()
+        except BaseException as error:
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        """What stopped a thread goes to the router's, which would wait for ever."""
+        with self.wake:
+            self.failure = error
+            self.wake.notify()
 
     def _victim(self, i: int, _: list[Request]) -> tuple[Request, bool] | None:
         return self.router.victim(i, self.now())

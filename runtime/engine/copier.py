@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Lock, RLock, Thread
 from typing import NamedTuple
@@ -24,15 +23,18 @@ class _Job(NamedTuple):
 class BlockCopier:
     """`migration.Copier` for instances of one process.
 
+    Args:
+        failed: told what stopped the thread; migrations would wait for ever.
+
     Attributes:
-        seconds: blocks and seconds of each copy.
         downtimes: blocks of each migration, and seconds from the stop at its source until all its KV was at
             its target.
     """
 
-    def __init__(self, instances: Sequence[Instance], lock: RLock) -> None:
-        self.instances, self.lock = instances, lock
-        self.seconds: list[tuple[int, float]] = []
+    def __init__(
+        self, instances: Sequence[Instance], lock: RLock, failed: Callable[[BaseException], None]
+    ) -> None:
+        self.instances, self.lock, self.failed = instances, lock, failed
         self.downtimes: list[tuple[int, float]] = []
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._busy = Lock()
@@ -56,21 +58,23 @@ class BlockCopier:
         self._thread.join()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            with self._busy:
-                if job.migration.phase is not Phase.ABORTED:
-                    begin = time.perf_counter()
-                    source, target = (
-                        self.instances[side.number] for side in (job.migration.source, job.migration.target)
-                    )
-                    copy_blocks(source, target, job.blocks, job.to)
-                    self.seconds.append((len(job.blocks), time.perf_counter() - begin))
-            with self.lock:
-                if job.migration.phase is not Phase.ABORTED:
-                    job.migration.end_copy()
-                if job.migration.phase is Phase.COMMITTED:
-                    down = self.instances[0].clock() - job.migration.stopped_s
-                    self.downtimes.append((job.migration.copied, down))
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._copy(*job)
+        except BaseException as error:
+            self.failed(error)
+
+    def _copy(self, migration: Migration, blocks: torch.Tensor, to: torch.Tensor) -> None:
+        with self._busy:
+            if migration.phase is not Phase.ABORTED:
+                source, target = (self.instances[s.number] for s in (migration.source, migration.target))
+                copy_blocks(source, target, blocks, to)
+        with self.lock:
+            if migration.phase is not Phase.ABORTED:
+                migration.end_copy()
+            if migration.phase is Phase.COMMITTED:
+                down = self.instances[0].clock() - migration.stopped_s
+                self.downtimes.append((migration.copied, down))
 
 
 @torch.inference_mode()

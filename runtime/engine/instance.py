@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from threading import Condition, RLock
 from typing import Any
 
@@ -36,9 +36,6 @@ class Instance:
         unit_tokens: tokens of a prefix unit; 0 for no prefix cache.
         lock: the lock of the cluster that it belongs to.
         options: `choose_victim` of the scheduler.
-
-    Attributes:
-        iterations: how many it has run; busy_s: the time that they took.
 
     Raises:
         InputError: settings that this runtime or this device cannot have.
@@ -71,7 +68,6 @@ class Instance:
         self.scheduler = Scheduler(setting, self.swap, number, unit_tokens, kick=self._kick, **options)
         self.graphs: DecodeGraphs | None = None
         self.on_done: Callable[[list[Request]], None] = lambda _: None
-        self.iterations, self.busy_s = 0, 0.0
         self._kicked = self._stopped = False
 
     @property
@@ -128,7 +124,6 @@ class Instance:
 
     def step(self) -> bool:
         """One iteration: schedule, swap, compute, sample, deliver. False where there was nothing to run."""
-        begin = self.clock()
         with torch.cuda.stream(self.stream):
             with self.changed:
                 plan = self.scheduler.schedule()
@@ -141,8 +136,6 @@ class Instance:
             done = self.scheduler.complete(tokens, now)
             if done:
                 self.on_done(done)
-        self.iterations += 1
-        self.busy_s += self.clock() - begin
         return True
 
     def serve(self) -> None:
@@ -173,11 +166,6 @@ class Instance:
     def _kick(self) -> None:
         self._kicked = True
         self.changed.notify()
-
-
-def step_all(instances: Iterable[Instance]) -> bool:
-    """An iteration of each in turn, on this thread; False where none had anything to run."""
-    return any(list(map(Instance.step, instances)))
 
 
 def keep_freed_memory() -> None:

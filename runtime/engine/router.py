@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from servegym.agents.heuristics import make_heuristic
+from servegym.agents.heuristics import heuristic_of
 from servegym.agents.play import roles
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.decisions import kinds_of
@@ -36,6 +36,8 @@ from servegym.runtime.questions import (
     ask_preempt,
 )
 from servegym.runtime.view import ClusterView, InstanceSettings, InstanceView, RequestView
+
+_UNASKED = ("engine", "stay", "default", "keep")  # rules of the model that are what happens without an answer
 
 
 class Router:
@@ -88,7 +90,11 @@ class Router:
         """Who answers each kind of question; the kinds that are left out get candidate 0."""
         decisions, rules = roles(policy, scenario, [self.episode])
         mine = Decider(policy, budget_s=budget_s)
-        beside = {kind: Decider(make_heuristic(rule), budget_s=budget_s) for kind, rule in rules.items()}
+        beside = {
+            kind: Decider(heuristic_of(kind, rule), budget_s=budget_s)
+            for kind, rule in rules.items()
+            if rule not in _UNASKED
+        }
         for decider in (mine, *beside.values()):  # a first answer may take seconds of imports and compilation
             request = RequestView("warm-up", 0.0, prompt_tokens=1, predicted_tokens=1)
             decider.policy.act(ask_dispatch(self.view, request, decider.rows).obs)

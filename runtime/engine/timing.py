@@ -108,13 +108,21 @@ def migration_downtime(model: Transformer, setting: Setting, contexts: Sequence[
     """Migrate a decoding request of each context between two instances, which do nothing else."""
     lock = RLock()
     instances = [Instance(model, setting, number, lock=lock) for number in range(2)]
-    copier = BlockCopier(instances, lock)
+    failures: list[BaseException] = []
+    copier = BlockCopier(instances, lock, failures.append)
     for instance in instances:
         instance.warm_up()
-    threads = [Thread(target=instance.serve, daemon=True) for instance in instances]
+
+    def serve(instance: Instance) -> None:
+        try:
+            instance.serve()
+        except BaseException as error:  # handed to the thread that waits
+            failures.append(error)
+
+    threads = [Thread(target=serve, args=(instance,), daemon=True) for instance in instances]
     for thread in threads:
         thread.start()
-    found = [_migrate(instances, copier, context) for context in contexts]
+    found = [_migrate(instances, copier, context, failures) for context in contexts]
     for instance, thread in zip(instances, threads, strict=True):
         instance.stop()
         thread.join()
@@ -122,24 +130,28 @@ def migration_downtime(model: Transformer, setting: Setting, contexts: Sequence[
     return found
 
 
-def _migrate(instances: list[Instance], copier: BlockCopier, context: int) -> Downtime:
+def _migrate(
+    instances: list[Instance], copier: BlockCopier, context: int, failures: list[BaseException]
+) -> Downtime:
     source, target = instances
     r = make_request(0, torch.randint(source.model.config.vocabulary, (context,)).tolist(), 64)
     source.submit(r)
-    _until(lambda: r.streamed >= 8)
+    _until(lambda: r.streamed >= 8, failures)
     with source.lock:
         step = (r.last_s - r.first_s) / (r.streamed - 1)
         r.max_gap_s = 0.0
         moving = Migration(r, source.scheduler, target.scheduler, copier, last_blocks=2, stages=8)
         moving.begin()
-    _until(lambda: r.streamed == r.output)
+    _until(lambda: r.streamed == r.output, failures)
     if moving.phase is not Phase.COMMITTED:
         raise RuntimeError(f"the migration of {context} tokens was given up")
     return Downtime(context, r.max_gap_s, copier.downtimes[-1][1], step, moving.stage)
 
 
-def _until(true: Callable[[], bool]) -> None:
+def _until(true: Callable[[], bool], failures: list[BaseException]) -> None:
     while not true():
+        if failures:
+            raise failures[0]
         time.sleep(0.001)
 
 

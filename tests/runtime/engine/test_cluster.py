@@ -13,6 +13,7 @@ from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec, Migration
 from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.workload import make_workload
 from servegym.errors import InputError
+from servegym.runtime.engine import copier
 from servegym.runtime.engine.cluster import EnginePlayer
 from servegym.runtime.engine.config import load_config
 from servegym.runtime.engine.model import Transformer
@@ -71,6 +72,12 @@ def test_everything_is_served(player, tiny_profile, policy):
         assert records.migrations.sum() > 0
         assert player.counts["answered"] > 40
     assert not player.counts["timeout"] + player.counts["nan"] + player.counts["mismatch"]
+
+
+def test_a_copy_that_fails_ends_the_play(player, tiny_profile, monkeypatch):
+    monkeypatch.setattr(copier, "copy_blocks", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        player.play(make_heuristic(SYSTEM), Scenario(), episode(tiny_profile, workload()))
 
 
 def test_a_request_that_never_fits_is_refused(player, tiny_profile):

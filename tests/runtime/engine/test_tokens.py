@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from servegym.runtime.engine.copier import BlockCopier
-from servegym.runtime.engine.instance import Instance, step_all
+from servegym.runtime.engine.instance import Instance
 from servegym.runtime.engine.memory import chained_ids
 from servegym.runtime.engine.migration import Migration
 from servegym.runtime.engine.request import make_request
@@ -34,7 +34,8 @@ def finish(instances, rs, each_step=lambda: None):
         instances[k % len(instances)].submit(r)
     end = time.monotonic() + 60
     while any(r.streamed < OUTPUT for r in rs):  # nothing may run for a while: a last copy is on its way
-        step_all(instances)
+        for instance in instances:
+            instance.step()
         each_step()
         assert time.monotonic() < end
     for instance in instances:
@@ -90,7 +91,7 @@ def test_over_100_preemptions(tiny, setting, expected, by_swap, group):
 def test_over_100_migrations(tiny, setting, expected):
     lock = threading.RLock()
     instances = [Instance(tiny, setting(blocks=80), number, lock=lock) for number in range(2)]
-    copier = BlockCopier(instances, lock)
+    copier = BlockCopier(instances, lock, failed=pytest.fail)
     rng = np.random.default_rng(0)
 
     def disturb():
@@ -118,7 +119,7 @@ def test_migrations_between_threads(tiny, setting, expected):
     """The same with every instance on a thread of its own, and the copier beside them."""
     lock = threading.RLock()
     instances = [Instance(tiny, setting(blocks=80), number, lock=lock) for number in range(2)]
-    copier = BlockCopier(instances, lock)
+    copier = BlockCopier(instances, lock, failed=pytest.fail)
     rs = requests()
     left = threading.Semaphore(0)
     for instance in instances:
