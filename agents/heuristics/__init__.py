@@ -129,6 +129,18 @@ def make_heuristic(name: str, **params: object) -> Rule | Composite:
     return Composite(name, **rules)
 
 
+def heuristic_of(kind: str, rule: str) -> Rule:
+    """The heuristic that plays a rule of the cluster model, of `rule_names.RULES`, outside of it.
+
+    Raises:
+        InputError: for a rule that has none, such as what the stock system does unasked.
+    """
+    for known in HEURISTICS.values():
+        if kind in known.kinds and rule in (getattr(known(), "rule", None), known.name):
+            return known()
+    raise InputError("heuristics", kind, rule, "no heuristic plays this rule outside of the model")
+
+
 def defaults(name: str) -> dict[str, object]:
     """The parameters of a rule or system with their published values."""
     return {field: value for rule in _parts(name).values() for field, value in rule.defaults().items()}

@@ -121,7 +121,7 @@ def show(found: Validation) -> None:
     for comparison in found.comparisons:
         cells = (
             f"{_ms(comparison.typical(figure))} | {_ms(comparison.predicted[figure])} ms, "
-            f"{comparison.error(figure):+.1f} ({comparison.spread(figure):.1f})"
+            f"{comparison.error(figure):+.1f} ({_plain(comparison.spread(figure), 1)})"
             for figure in FIGURES
         )
         table.add_row(comparison.policy, *cells)
@@ -129,8 +129,8 @@ def show(found: Validation) -> None:
     ranks = Table("policies ranked by", "Spearman", "Kendall", "Spearman of the repeats")
     for metric in RANKED:
         agreement = found.agreement(metric)
-        own = found.repeatability(metric)["spearman"]
-        ranks.add_row(_title(metric), *(f"{agreement[k]:.2f}" for k in ("spearman", "kendall")), f"{own:.2f}")
+        numbers = (*(agreement[k] for k in ("spearman", "kendall")), found.repeatability(metric)["spearman"])
+        ranks.add_row(_title(metric), *(_plain(number, 2) for number in numbers))
     out.print(ranks)
     for comparison in found.comparisons:
         fallbacks = {k: n for k, n in comparison.decisions.items() if n and k != "answered"}
@@ -138,7 +138,7 @@ def show(found: Validation) -> None:
             out.print(f"{comparison.policy}: the fallback answered {fallbacks}", highlight=False)
     out.print(
         f"largest error {found.largest_error():.1f}%, largest spread of the machine "
-        f"{found.largest_spread():.1f}%",
+        f"{_plain(found.largest_spread(), 1)}%",
         highlight=False,
     )
 
@@ -146,6 +146,11 @@ def show(found: Validation) -> None:
 def _title(metric: str) -> str:
     name, part, _ = metric.split("_")
     return f"{name.upper()} {part.upper() if part != 'mean' else part}"
+
+
+def _plain(value: float, digits: int) -> str:
+    """Fixed digits; a dash where a single play or equal policies say nothing."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _ms(seconds: float) -> str:

@@ -6,7 +6,15 @@ from itertools import product
 
 import pytest
 
-from servegym.agents.heuristics import HEURISTICS, defaults, heuristic_names, make_heuristic, search_space
+from servegym.agents.heuristics import (
+    HEURISTICS,
+    defaults,
+    heuristic_names,
+    heuristic_of,
+    make_heuristic,
+    search_space,
+)
+from servegym.envs.cluster.rule_names import RULES
 from servegym.errors import InputError
 
 
@@ -67,3 +75,16 @@ def test_other_lanes_than_prepared_are_an_error(name, observe):
     rule.reset(2, 0)
     with pytest.raises(InputError, match="reset prepared for 2"):
         rule.act(observe({"inflight": [0]}, oracle=[0]))
+
+
+def test_every_rule_of_the_model_has_its_heuristic_but_what_happens_unasked():
+    unasked = {"preempt": "engine", "migrate": "stay", "move": "default", "budget": "keep"}
+    for kind, rules in RULES.items():
+        for rule in rules[1:]:
+            if unasked.get(kind) == rule:
+                with pytest.raises(InputError, match=rule):
+                    heuristic_of(kind, rule)
+            else:
+                assert kind in heuristic_of(kind, rule).kinds
+    assert heuristic_of("preempt", "cheapest").name == "victim_cost_aware"
+    assert heuristic_of("dispatch", "llumnix").name == "dispatch_llumnix"
