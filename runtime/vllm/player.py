@@ -256,7 +256,7 @@ class _Play:
         """From arrival to last token; then the session's next turn, after its gap."""
         await asyncio.sleep(max(arrived_s - self.now(), 0.0))
         request = self._view_of(row, arrived_s)
-        i = self._dispatch(request)
+        i = self._dispatch(row, request)
         self.columns["arrived"][row], self.columns["dispatched"][row] = arrived_s, self.now()
         await self._stream(row, i, request)
         self.view.finished(request)
@@ -279,14 +279,14 @@ class _Play:
             prefix=w.prefix_ids[w.prefix_offsets[row] : w.prefix_offsets[row + 1]].tolist(),
         )  # fmt: skip
 
-    def _dispatch(self, request: RequestView) -> int:
+    def _dispatch(self, row: int, request: RequestView) -> int:
         self.view.now_s = self.now()
         self.view.arrived(request)
         action = self.decider.decide(ask_dispatch(self.view, request, self.decider.rows))
         assert isinstance(action, Dispatch)  # every request fits every engine
         self.view.dispatched(request, action.instance)
         self.sent[action.instance].update(request.prefix)
-        self.placed[request.key] = action.instance
+        self.placed[row] = action.instance
         return action.instance
 
     async def _stream(self, row: int, i: int, request: RequestView) -> None:

@@ -105,13 +105,13 @@ def weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
     def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
         return rng.normal(0.0, gain * columns**-0.5, (rows, columns)).astype(np.float32)
 
-    parts = {
+    parts: dict[str, tuple[int, int, float]] = {
         "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN, 3.0),
         "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN, 3.0),
-        "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN, 1.0),
         "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM, 3.0),
-        "mlp.gate_proj": (WIDE, HIDDEN),
-        "mlp.up_proj": (WIDE, HIDDEN),
+        "mlp.gate_proj": (WIDE, HIDDEN, 1.0),
+        "mlp.up_proj": (WIDE, HIDDEN, 1.0),
         "mlp.down_proj": (HIDDEN, WIDE, 0.3),
     }
     ones = np.ones(HIDDEN, np.float32)
