@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 import torch
 import tyro
 
+from servegym.agents.evolved import ByScenario, read_rule
 from servegym.agents.heuristics import make_heuristic
+from servegym.agents.policy import Policy
 from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, improve, read_info
 from servegym.agents.search.lookahead import Lookahead
 from servegym.agents.task import Task
 from servegym.envs.cluster.decisions import ENVIRONMENTS, divide
-from servegym.envs.cluster.episode import fleets_of, mix_episodes
+from servegym.envs.cluster.episode import Episode, fleets_of, mix_episodes
 from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
@@ -80,9 +82,10 @@ class Command(Setup):
     tensorboard_log: str = "runs/tensorboard"
     """Where TensorBoard's event files go."""
     imitate: str | None = None
-    """Heuristic whose answers ppo learns first, before it improves on them; none by default."""
+    """What ppo learns the answers of, before it improves on them: a heuristic, or a folder with a rule for each
+    scenario, SCENARIO.json, as `servegym evolve` writes it; none by default."""
     imitate_updates: int = 16
-    """Roll-outs of learning from that heuristic, from its own play at first to the network's at last."""
+    """Roll-outs of learning from that teacher, from its own play at first to the network's at last."""
     lookahead_updates: int = 0
     """Roll-outs of learning from look-ahead, which scores answers on the true future, before ppo."""
     lookahead_rules: dict[str, str] = field(default_factory=dict)
@@ -112,9 +115,10 @@ class Command(Setup):
         settings = self._settings(task, scenarios)  # now: files may change while training goes on
         if self.resume:
             _check_settings(settings, folder)
+        teacher = self._teacher(scenarios)
         agent = self._agent(self._environment(scenarios), task, folder)
         if not self.resume:
-            self._warm_up(agent)
+            self._warm_up(agent, teacher)
         callbacks = [
             CheckpointCallback(
                 folder, self.save_freq, lambda model: self._files(model, scenarios, settings, [])
@@ -135,10 +139,16 @@ class Command(Setup):
         say(f"checkpoint: {folder}")
         return 0
 
-    def _warm_up(self, agent: Agent) -> None:
-        """Learn from a heuristic and from look-ahead, as far as the flags say so."""
-        if self.imitate is not None:
-            agreements = imitate(cast("PPO", agent), make_heuristic(self.imitate), self.imitate_updates)
+    def _teacher(self, scenarios: list[Scenario]) -> Policy | None:
+        if self.imitate is None or not Path(self.imitate).is_dir():
+            return None if self.imitate is None else make_heuristic(self.imitate)
+        rules = {s.name: read_rule(Path(self.imitate) / f"{s.name}.json") for s in scenarios}
+        return ByScenario(rules, [e.scenario.name for e in self._episodes(scenarios) if e.scenario])
+
+    def _warm_up(self, agent: Agent, teacher: Policy | None) -> None:
+        """Learn from a teacher and from look-ahead, as far as the flags say so."""
+        if teacher is not None:
+            agreements = imitate(cast("PPO", agent), teacher, self.imitate_updates)
             say(f"imitation of {self.imitate}: the same answer to {agreements[-1]:.0%} of the questions")
         if self.lookahead_updates:
             regrets = improve(cast("PPO", agent), self._search(), self.lookahead_updates)
@@ -201,13 +211,16 @@ class Command(Setup):
         decisions, rules = divide(self.decisions or ENVIRONMENTS[self.env], self.rules, fleets, where)
         return Task(self.env, decisions, rules, tuple(map(asdict, scenarios)))
 
+    def _episodes(self, scenarios: list[Scenario]) -> list[Episode]:
+        return mix_episodes(scenarios, self.episodes, self.seed)
+
     def _environment(self, scenarios: list[Scenario]) -> ClusterVectorEnv:
         env = ClusterVectorEnv(
             self.n_envs,
             scenarios,
             decisions=self.decisions or ENVIRONMENTS[self.env],
             rules=self.rules,
-            episodes=mix_episodes(scenarios, self.episodes, self.seed),
+            episodes=self._episodes(scenarios),
             num_threads=self.num_threads,
             copy=self.algo != "ppo",
             group_size=self.group_size if self.algo == "ppo" else 1,
