@@ -3,10 +3,10 @@
     argmin_i  sum_f sum_c W[f, c] context_c feature_f(i)
 
 The features are those that published rules are made of (loads, queues, memory, speed, cache hits), on scales
-on which their products become sums: `lmetric` is W = 1 at `prefill` and `inflight`. The contexts let a request
-be sent elsewhere for its priority, its length, or because the fleet is overloaded, which no published rule
-does: so an evolved rule can keep classes apart, or give up part of a fleet to keep the rest within its service
-levels. Everything comes from the observation.
+on which their products become sums: `lmetric` is W = 1 at `prefill` and `inflight`. The contexts let a
+request be sent elsewhere for its priority, its length, or because the fleet is overloaded, which no published
+rule does: so an evolved rule can keep classes apart, or give up part of a fleet to keep the rest within its
+service levels. Everything comes from the observation.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _features(view: View) -> np.ndarray:
     decode_speed = _at_least(view.instance("decode_tokens_per_s"), 1.0)
     predicted = view.instance("inflight_predicted_tokens") + view.request("predicted_output_tokens")
     columns = {
-        "prefill": np.log1p((view.instance("inflight_prefill_tokens") + prompt - hit) / 64.0),
+        "prefill": np.log1p((view.instance("inflight_prefill_tokens") + _at_least(prompt - hit, 0.0)) / 64.0),
         "inflight": np.log1p(inflight),
         "ttft": np.log1p(ttft),
         "late": np.clip(ttft - 1.0, 0.0, 3.0),

@@ -3,8 +3,8 @@
 Rubinstein's method as Szita and Lorincz use it for policies ("Learning Tetris using the noisy cross-entropy
 method", 2006): draw weights from a Gaussian, play them all on the same episodes, move mean and spread towards
 those of the best quarter, and never let the spread fall to 0. Weights of the best count by the logarithm of
-their rank, and draws come in pairs mu + d, mu - d. Each generation meets new episodes, so that nothing is fitted
-to the luck of a few. It needs no credit assignment: a whole episode's goodput is what a set of weights is
+their rank, and draws come in pairs mu + d, mu - d. Each generation meets new episodes, so that nothing is
+fitted to the luck of a few. It needs no credit assignment: a whole episode's goodput is what a set of weights is
 worth, which is why it finds what policy gradients hardly see, such as keeping some instances for a class.
 """
 
@@ -103,7 +103,7 @@ def _built_in(scenario: Scenario, system: str, params: Mapping[str, Any]) -> dic
     kinds = kinds_of(decisions_of(scenario))
     rules = {kind: rule for kind, rule in other_rules(system, params).items() if kind in kinds}
     for rule in rules.values():
-        if not isinstance(rule, BuiltIn):
+        if rule.needs_oracle or not isinstance(rule, BuiltIn):
             raise InputError("evolve", "system", rule.name, "the cluster model has no such rule")
     return rules  # type: ignore[return-value]
 

@@ -51,11 +51,11 @@ class ByScenario:
             rule.reset(lanes, seed)
 
     def act(self, obs: Observation) -> np.ndarray:
-        """As `servegym.agents.policy.Policy.act`; a rule answers 0 to questions of other kinds than its own."""
+        """As `servegym.agents.policy.Policy.act`."""
         played = self._of_episode[self._lanes["episode"]]
         self._dispatch.weights = self._weights[played]
         answers = self._dispatch.act(obs)
         for k, rules in enumerate(self._others):
-            for rule in rules:
+            for rule in rules:  # it answers 0 to questions of other kinds than its own
                 answers += np.where(played == k, rule.act(obs), 0)
         return answers

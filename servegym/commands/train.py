@@ -15,20 +15,22 @@ from servegym.agents.evolved import ByScenario, read_rule
 from servegym.agents.heuristics import make_heuristic
 from servegym.agents.policy import Policy
 from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, improve, read_info
+from servegym.agents.ppo.checkpoint import read_network
 from servegym.agents.search.lookahead import Lookahead
 from servegym.agents.task import Task
 from servegym.envs.cluster.decisions import ENVIRONMENTS, divide
 from servegym.envs.cluster.episode import Episode, fleets_of, mix_episodes
+from servegym.envs.cluster.spec import parse_cluster
 from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
-from servegym.evaluation import Table, as_json
+from servegym.evaluation import Table
 from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say, warn
 from servegym.flags import Setup, check_environment, check_seed
 from servegym.models.config import NetworkConfig
 from servegym.report import render
 from servegym.runtime.export import decision_us
-from servegym.training import EVAL_SEED, EvaluationCallback, card, final_tables
+from servegym.training import EVAL_SEED, EvaluationCallback, card, final_tables, metrics_text, record
 
 if TYPE_CHECKING:
     from servegym.maskable import MaskableTrainer
@@ -81,9 +83,14 @@ class Command(Setup):
     """Where the checkpoint folder goes."""
     tensorboard_log: str = "runs/tensorboard"
     """Where TensorBoard's event files go."""
+    start: str | None = None
+    """Checkpoint whose weights ppo begins with, of a network of the same size; fresh ones by default."""
+    most_instances: int | None = None
+    """Train on the scenarios' fleets of at most so many instances: small ones cost less, and networks play on
+    any; all of them by default."""
     imitate: str | None = None
-    """What ppo learns the answers of, before it improves on them: a heuristic, or a folder with a rule for each
-    scenario, SCENARIO.json, as `servegym evolve` writes it; none by default."""
+    """What ppo learns the answers of, before it improves on them: a heuristic, or a folder with a rule for
+    each scenario, SCENARIO.json, as `servegym evolve` writes it; none by default."""
     imitate_updates: int = 16
     """Roll-outs of learning from that teacher, from its own play at first to the network's at last."""
     lookahead_updates: int = 0
@@ -115,8 +122,9 @@ class Command(Setup):
         settings = self._settings(task, scenarios)  # now: files may change while training goes on
         if self.resume:
             _check_settings(settings, folder)
-        teacher = self._teacher(scenarios)
-        agent = self._agent(self._environment(scenarios), task, folder)
+        played = self._small_enough(scenarios)
+        teacher = self._teacher(played)
+        agent = self._agent(self._environment(played), task, folder)
         if not self.resume:
             self._warm_up(agent, teacher)
         callbacks = [
@@ -138,6 +146,19 @@ class Command(Setup):
             console().print(render(table))
         say(f"checkpoint: {folder}")
         return 0
+
+    def _small_enough(self, scenarios: list[Scenario]) -> list[Scenario]:
+        """The scenarios with those of their fleets that are trained on."""
+        if self.most_instances is None:
+            return scenarios
+        small = []
+        for s in scenarios:
+            fleets = tuple(text for text in s.clusters if len(parse_cluster(text)) <= self.most_instances)
+            if not fleets:
+                hint = f"every fleet of scenario {s.name} has more"
+                raise InputError("train", "most_instances", self.most_instances, hint)
+            small.append(replace(s, clusters=fleets))
+        return small
 
     def _teacher(self, scenarios: list[Scenario]) -> Policy | None:
         if self.imitate is None or not Path(self.imitate).is_dir():
@@ -243,6 +264,8 @@ class Command(Setup):
         agent = make(env, self.network, config, self.seed, logs, track, task, command_line(), self.device)
         if self.algo != "ppo":
             warn(f"{self.algo}: discount {agent.gamma:.6f} a decision; ppo.gae_horizon_s has no effect")
+        if self.start is not None:
+            _start_from(self.start, agent)
         megabytes = sum(a.nbytes for a in env.observation_space.sample().values()) * config.n_steps / 1e6
         say(
             f"{folder}: {self.n_timesteps:,} decisions in {self.n_envs} lanes, "
@@ -256,6 +279,7 @@ class Command(Setup):
     def _settings(self, task: Task, scenarios: list[Scenario]) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
         names = ["n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates"]
+        names += ["start", "most_instances"]
         names += [f"lookahead_{name}" for name in ("updates", "rules", "horizon_s", "width")]
         settings: dict[str, Any] = {
             "task": asdict(task),
@@ -281,14 +305,9 @@ class Command(Setup):
             "decision_us": round(decision_us(timed, agent.observation, instances=16, repeats=200), 1),
         }
         played = {"seeds": self.eval_episodes, "seed": EVAL_SEED}
-        metrics = {
-            **facts,
-            "settings": settings,
-            "comparison": played,
-            "tables": as_json(tables, samples=False),
-        }
+        about = {**facts, "settings": settings, "comparison": played}
         return {
-            "metrics.json": json.dumps(metrics, indent=1, allow_nan=False) + "\n",
+            "metrics.json": metrics_text(about, record(tables)),
             "README.md": card(self._policy_name(scenarios), facts, agent.task, scenarios, tables),
         }
 
@@ -310,6 +329,13 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
     for name, value in settings.items():
         if known.get(name) != value:
             raise InputError(path, name, known.get(name), f"the run was started by: {info.command}")
+
+
+def _start_from(folder: str, agent: Agent) -> None:
+    network, info = read_network(folder)
+    if info.network != agent.network.config:
+        raise InputError(folder, "network", vars(info.network), f"expected {vars(agent.network.config)}")
+    agent.network.load_state_dict(network.state_dict())
 
 
 def _check_device(name: str) -> None:
