@@ -4,8 +4,8 @@ Rubinstein's method as Szita and Lorincz use it for policies ("Learning Tetris u
 method", 2006): draw weights from a Gaussian, play them all on the same episodes, move mean and spread towards
 those of the best quarter, and never let the spread fall to 0. Weights of the best count by the logarithm of
 their rank, and draws come in pairs mu + d, mu - d. Each generation meets new episodes, so that nothing is
-fitted to the luck of a few. It needs no credit assignment: a whole episode's goodput is what a set of weights is
-worth, which is why it finds what policy gradients hardly see, such as keeping some instances for a class.
+fitted to the luck of a few. It needs no credit assignment: a whole episode's goodput is what a set of weights
+is worth, which is why it finds what policy gradients hardly see, such as keeping instances for a class.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def evolve(
     """
     if population < 4 or population % 4:
         raise InputError("evolve", "population", population, "give a multiple of 4")
+    rules = _built_in(scenario, system, params)
     generator = np.random.default_rng(seed)
     mean = lmetric_weights()
     spread = np.full(SHAPE, CONTEXT_SPREAD)
@@ -77,7 +78,7 @@ def evolve(
         steps = generator.standard_normal((population // 2, *SHAPE)) * spread
         drawn = mean + np.concatenate([steps, -steps])
         drawn[0] = mean  # one of them says how far the search is
-        found = _goodput(drawn, scenario, episodes, _built_in(scenario, system, params), first, num_threads)
+        found = _goodput(drawn, scenario, episodes, rules, first, num_threads)
         progress(generation, float(found[0]), float(found.mean()))
         mean, spread = _narrow(mean, spread, drawn[np.argsort(-found)[: population // 4]])
     return mean
