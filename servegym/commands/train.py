@@ -28,6 +28,7 @@ from servegym.evaluation import Table
 from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say, warn
 from servegym.flags import Setup, check_environment, check_seed
 from servegym.models.config import NetworkConfig
+from servegym.models.dense import DenseNetwork
 from servegym.report import render
 from servegym.runtime.export import decision_us
 from servegym.training import EVAL_SEED, EvaluationCallback, card, final_tables, metrics_text, record
@@ -123,8 +124,8 @@ class Command(Setup):
         if self.resume:
             _check_settings(settings, folder)
         played = self._small_enough(scenarios)
-        teacher = self._teacher(played)
-        agent = self._agent(self._environment(played), task, folder)
+        teacher, start = self._teacher(played), self._start()
+        agent = self._agent(self._environment(played), task, folder, start)
         if not self.resume:
             self._warm_up(agent, teacher)
         callbacks = [
@@ -159,6 +160,14 @@ class Command(Setup):
                 raise InputError("train", "most_instances", self.most_instances, hint)
             small.append(replace(s, clusters=fleets))
         return small
+
+    def _start(self) -> DenseNetwork | None:
+        if self.start is None:
+            return None
+        network, info = read_network(self.start)
+        if info.network != self.network:
+            raise InputError(self.start, "network", vars(info.network), f"expected {vars(self.network)}")
+        return network
 
     def _teacher(self, scenarios: list[Scenario]) -> Policy | None:
         if self.imitate is None or not Path(self.imitate).is_dir():
@@ -252,7 +261,7 @@ class Command(Setup):
             raise InputError("train", "decisions", ", ".join(env.decisions), hint)
         return env
 
-    def _agent(self, env: ClusterVectorEnv, task: Task, folder: Path) -> Agent:
+    def _agent(self, env: ClusterVectorEnv, task: Task, folder: Path, start: DenseNetwork | None) -> Agent:
         logs = str(Path(self.tensorboard_log) / folder.name)
         track = self.wandb_project_name if self.track else None
         if self.resume:
@@ -264,8 +273,8 @@ class Command(Setup):
         agent = make(env, self.network, config, self.seed, logs, track, task, command_line(), self.device)
         if self.algo != "ppo":
             warn(f"{self.algo}: discount {agent.gamma:.6f} a decision; ppo.gae_horizon_s has no effect")
-        if self.start is not None:
-            _start_from(self.start, agent)
+        if start is not None:
+            agent.network.load_state_dict(start.state_dict())
         megabytes = sum(a.nbytes for a in env.observation_space.sample().values()) * config.n_steps / 1e6
         say(
             f"{folder}: {self.n_timesteps:,} decisions in {self.n_envs} lanes, "
@@ -329,13 +338,6 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
     for name, value in settings.items():
         if known.get(name) != value:
             raise InputError(path, name, known.get(name), f"the run was started by: {info.command}")
-
-
-def _start_from(folder: str, agent: Agent) -> None:
-    network, info = read_network(folder)
-    if info.network != agent.network.config:
-        raise InputError(folder, "network", vars(info.network), f"expected {vars(agent.network.config)}")
-    agent.network.load_state_dict(network.state_dict())
 
 
 def _check_device(name: str) -> None:
