@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -17,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
 
 from servegym import __version__
 from servegym.agents.policy import Policy
@@ -44,7 +41,6 @@ from servegym.runtime.bundle import (
     sha256,
 )
 
-OPSET = 20
 ACTIONS = {
     "dispatch": "0 leaves the choice to the default rule, k >= 1 sends the request to instance row k - 1",
     "preempt": "0 leaves the victim to the engine, 1 + 2 row recomputes that request, 2 + 2 row swaps it",
@@ -121,7 +117,7 @@ def _write(network: DenseNetwork, observations: Sequence[Arrays], draft: Path, o
     stored = load_file(draft / WEIGHTS)
     for group in golden:
         check_golden("numpy", numpy_policy.forward(stored, group)[0], group)
-    _write_graph(network, max(golden, key=lambda group: group["requests"].shape[1]), draft / GRAPH)
+    _write_graph(stored, golden, draft / GRAPH)
     measured = decision_us(BundlePolicy(draft / GRAPH, {"policy": origin.policy}, origin.task), golden[0])
     manifest = _manifest(network, origin, measured)
     (draft / CARD).write_text(_card(manifest), encoding="utf-8")
@@ -137,49 +133,15 @@ def _golden(network: DenseNetwork, obs: Arrays) -> dict[str, np.ndarray]:
     return {**arrays, "logits": logits, "answers": logits.argmax(axis=1)}
 
 
-class _Scores(nn.Module):
-    """The network as a function of named arrays; ONNX scatters take 64-bit indices only."""
+def _write_graph(weights: Arrays, golden: Sequence[Arrays], path: Path) -> None:
+    import onnx  # late: training measures decisions, too, and does not need it
 
-    def __init__(self, network: DenseNetwork) -> None:
-        super().__init__()
-        self.network = network
+    from servegym.runtime.graph import build_graph
 
-    def forward(
-        self,
-        instances: Tensor,
-        requests: Tensor,
-        candidates: Tensor,
-        edges: Tensor,
-        globals: Tensor,
-        history: Tensor,
-        instance_mask: Tensor,
-        mask: Tensor,
-        kind: Tensor,
-    ) -> Tensor:
-        arrays = (instances, requests, candidates.long(), edges, globals, history, instance_mask, mask, kind)
-        return self.network(dict(zip(ARRAYS, arrays, strict=True)))[0]
-
-
-def _write_graph(network: DenseNetwork, example: Arrays, path: Path) -> None:
-    """Torch -> ONNX; torch takes sizes of 1 for constants, so the example has a batch of at least 2."""
-    batch, instances, candidates = (torch.export.Dim(n) for n in ("batch", "instances", "candidates"))
-    shapes: dict[str, dict[int, Any]] = {name: {0: batch} for name in ARRAYS}
-    for name in ("instances", "instance_mask"):
-        shapes[name][1] = instances
-    for name in ("candidates", "edges", "mask"):
-        shapes[name][1] = candidates
-    if example["requests"].shape[1] > 1:  # of one request, as in dispatch, the network needs no indexing
-        shapes["requests"][1] = torch.export.Dim("requests")
-    arrays = tuple(torch.from_numpy(np.concatenate([example[name]] * 2)) for name in ARRAYS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            _Scores(network).eval(), arrays, input_names=list(ARRAYS), output_names=["logits"],
-            dynamic_shapes=shapes, opset_version=OPSET, dynamo=True, verbose=False,
-        )  # fmt: skip
-    assert program is not None
-    program.save(str(path))
+    rows = {group["requests"].shape[1] for group in golden}
+    if len(rows) != 1:
+        raise InputError("export", "request rows", sorted(rows), "observe one environment")
+    onnx.save(build_graph(weights, rows.pop()), str(path))
 
 
 def decision_us(policy: Policy, golden: Arrays, instances: int = 16, repeats: int = 1000) -> float:
@@ -227,7 +189,7 @@ def _manifest(network: DenseNetwork, origin: Origin, measured_us: float) -> dict
         "answer": SCORES,
         "network": vars(network.config),
         "fallback": origin.fallback,
-        "onnx": {"opset": OPSET, "inputs": list(ARRAYS), "output": "logits"},
+        "onnx": {"inputs": list(ARRAYS), "output": "logits", "lanes": 1},
         "golden": {"tolerance": TOLERANCE},
         "decision_us": {"instances": 16, "runtime": "onnxruntime, 1 thread", "p50": round(measured_us, 1)},
         "training": {

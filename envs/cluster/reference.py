@@ -13,8 +13,8 @@ import numpy as np
 from servegym.envs.cluster.reference_instance import Instance, Request
 from servegym.envs.cluster.reference_migration import Migration
 from servegym.envs.cluster.state import NEVER, PS, World
-from servegym.envs.costs.model import CostTables
 from servegym.envs.costs.reference import ReferenceCosts
+from servegym.envs.costs.tables import CostTables
 from servegym.envs.records import Records
 
 

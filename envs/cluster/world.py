@@ -8,7 +8,8 @@ import numpy as np
 
 from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.schema import HISTORY, OFFERS
-from servegym.envs.cluster.spec import PREEMPTIONS, QUEUE_POLICIES, ClusterSpec, InstanceSpec
+from servegym.envs.cluster.settings import DECODE_CONTEXT, DECODE_REQUESTS, MOST_S, setting_of_spec
+from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
 from servegym.envs.cluster.state import (
     EPISODE,
     INSTANCE,
@@ -25,16 +26,13 @@ from servegym.envs.cluster.state import (
     World,
 )
 from servegym.envs.costs import Profile, cost_tables, load_profile
-from servegym.envs.costs.model import CostTables, iteration_ps, prefill_ps, stretch_ps
-from servegym.envs.costs.profile import Link
+from servegym.envs.costs.model import iteration_ps, prefill_ps, stretch_ps
+from servegym.envs.costs.tables import CostTables, glance
 from servegym.envs.scenario import Scenario
 from servegym.envs.workloads.workload import Workload
 from servegym.errors import InputError
 
 DEFAULT_SCENARIO = Scenario()
-GIB = 2**30
-MOST_S = 1e6  # of all times and periods, seconds
-DECODE_REQUESTS, DECODE_CONTEXT = 64, 1024  # the batch at which decode_tokens_per_s is quoted
 
 
 def build_world(
@@ -88,7 +86,7 @@ def build_world(
         episode=bank,
         setting=settings,
         fleet_size=sizes,
-        glance=_glance(tables),
+        glance=glance(tables),
         **tables._asdict(),
     )
     seed_lanes(world, seed)
@@ -113,59 +111,10 @@ def _settings(
 
 
 def _setting(cluster: ClusterSpec, spec: InstanceSpec, profile: Profile, index: int) -> tuple:
-    def require(ok: bool, field: str, value: object, hint: str) -> None:
-        if not ok:
-            raise InputError(f"cluster {cluster.name}, {spec.profile}", field, value, hint)
-
-    require(spec.block_tokens >= 1, "block_tokens", spec.block_tokens, "a block has at least one token")
-    blocks = profile.kv_tokens // spec.block_tokens if spec.kv_blocks is None else spec.kv_blocks
-    budget = profile.token_budget if spec.token_budget is None else spec.token_budget
-    max_seqs = min(profile.max_seqs, budget) if spec.max_seqs is None else spec.max_seqs
-    require(blocks >= 1, "kv_blocks", blocks, "an instance has at least one block")
-    require(1 <= max_seqs <= budget, "max_seqs", max_seqs, f"must lie in 1..token_budget ({budget})")
-    require(0 <= spec.watermark < 1, "watermark", spec.watermark, "must lie in [0, 1)")
-    require(spec.queue in QUEUE_POLICIES, "queue", spec.queue, f"choose one of {', '.join(QUEUE_POLICIES)}")
-    require(spec.preemption in PREEMPTIONS, "preemption", spec.preemption, "choose recompute or swap")
-    require(0 <= spec.swap_gib <= MOST_S, "swap_gib", spec.swap_gib, f"must lie in 0..{MOST_S:g}")
-    require(spec.swap_group >= 1, "swap_group", spec.swap_group, "a copy carries at least one block")
-    require(
-        spec.preemption == "recompute" or spec.swap_gib > 0, "preemption", spec.preemption,
-        "swap needs host memory: give swap_gib",
-    )  # fmt: skip
-    drain = NEVER if spec.drain_at_s is None else spec.drain_at_s
-    require(drain >= 0, "drain_at_s", spec.drain_at_s, "must be >= 0")
-    block_bytes = profile.model.kv_bytes_per_token * spec.block_tokens
-    has_swap, has_network = profile.swap is not None, profile.network is not None
-    require(
-        has_swap or not spec.swap_gib, "swap_gib", spec.swap_gib, "the profile has no swap costs; leave it 0"
-    )
-    require(
-        has_network or cluster.migration is None, "migration", cluster.migration,
-        "the profile has no network costs; leave it out",
-    )  # fmt: skip
-    swap, net = _copy_ps(profile.swap, block_bytes), _copy_ps(profile.network, block_bytes)
-    return (
-        index, blocks, spec.block_tokens, budget, max_seqs, int(spec.watermark * blocks),
-        spec.queue == "priority", spec.reserve_prompt, cluster.prefix_caching, 0.0, 0.0,
-        spec.async_scheduling,
-        int(spec.swap_gib * GIB) // block_bytes, spec.preemption == "swap",
-        swap[0] * 2 * profile.model.layers, swap[1], spec.swap_group,
-        round(profile.swap.overlap * 1000) if profile.swap else 0,
-        net[0], net[1], drain if drain == NEVER else round(drain * PS),
-    )  # fmt: skip
-
-
-def _copy_ps(link: Link | None, block_bytes: int) -> tuple[int, int]:
-    """Picoseconds of a call and of a block on a link; 0 without one, where nothing is copied."""
-    if link is None:
-        return 0, 0
-    return round(link.seconds_per_call * PS), round(block_bytes / link.bytes_per_second * PS)
-
-
-def _glance(tables: CostTables) -> np.ndarray:
-    """Decode steps of equally long requests, as observations want them: one line of memory for each look."""
-    fixed = tables.linear[:, : tables.head.shape[1]] + tables.head
-    return np.stack([tables.decode_base + fixed[..., None], tables.decode_slope], -1).astype(np.float32) / PS
+    where, migrates = f"cluster {cluster.name}", cluster.migration is not None
+    setting = setting_of_spec(where, spec, profile, prefix_caching=cluster.prefix_caching, migrates=migrates)
+    known = {"profile": index, "prefill_tokens_per_s": 0.0, "decode_tokens_per_s": 0.0, **setting._asdict()}
+    return tuple(known[name] for name in SETTING.names or ())
 
 
 def _odd_lines(entries: int) -> int:

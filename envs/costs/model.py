@@ -17,45 +17,7 @@ operands are int64: the closed form equals the sum of its steps to the bit on ev
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-
 from servegym.envs.cluster.kernel import inlined, kernel
-
-
-class CostTables(NamedTuple):
-    """Tables of P profiles, stacked; every entry int64, times in picoseconds.
-
-    Shapes: T tokens of a batch, S sequences, J context knots, A chunk knots, B past knots.
-
-    Attributes:
-        linear: [P, T + 1] linear layers, collectives and fixed overhead, by tokens in the batch.
-        head: [P, S + 1] output head and sampler, by sequences.
-        decode_knot: [P, J] mean context in tokens, rising from 0.
-        decode_base: [P, S + 1, J] decode attention at the knot, by batch.
-        decode_slope: [P, S + 1, J] picoseconds per token of total context beyond the knot.
-        decode_skew: [P, S + 1] picoseconds per token by which the longest context exceeds the mean.
-        mixed_base, mixed_slope, mixed_skew: the same for decodes in an iteration that prefills, too.
-        mixed_launch: [P] picoseconds per decode and token of the longest chunk of such an iteration.
-        chunk_knot: [P, A] new tokens of a prefill chunk, rising from 0.
-        past_knot: [P, B] tokens that the chunk attends to beside itself, rising from 0.
-        prefill: [P, A, B] prefill attention.
-    """
-
-    linear: np.ndarray
-    head: np.ndarray
-    decode_knot: np.ndarray
-    decode_base: np.ndarray
-    decode_slope: np.ndarray
-    decode_skew: np.ndarray
-    mixed_base: np.ndarray
-    mixed_slope: np.ndarray
-    mixed_skew: np.ndarray
-    mixed_launch: np.ndarray
-    chunk_knot: np.ndarray
-    past_knot: np.ndarray
-    prefill: np.ndarray
 
 
 @inlined

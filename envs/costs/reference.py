@@ -9,7 +9,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from servegym.envs.costs.model import CostTables
+from servegym.envs.costs.tables import CostTables
 
 
 class ReferenceCosts:

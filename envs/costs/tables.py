@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from servegym.envs.costs.model import CostTables
 from servegym.envs.costs.profile import Curve, Profile, Surface, extended
 from servegym.errors import InputError
 
 PS_PER_US = 1_000_000
+PS_PER_S = 1_000_000_000_000
+
+
+class CostTables(NamedTuple):
+    """Tables of P profiles, stacked; every entry int64, times in picoseconds.
+
+    Shapes: T tokens of a batch, S sequences, J context knots, A chunk knots, B past knots.
+
+    Attributes:
+        linear: [P, T + 1] linear layers, collectives and fixed overhead, by tokens in the batch.
+        head: [P, S + 1] output head and sampler, by sequences.
+        decode_knot: [P, J] mean context in tokens, rising from 0.
+        decode_base: [P, S + 1, J] decode attention at the knot, by batch.
+        decode_slope: [P, S + 1, J] picoseconds per token of total context beyond the knot.
+        decode_skew: [P, S + 1] picoseconds per token by which the longest context exceeds the mean.
+        mixed_base, mixed_slope, mixed_skew: the same for decodes in an iteration that prefills, too.
+        mixed_launch: [P] picoseconds per decode and token of the longest chunk of such an iteration.
+        chunk_knot: [P, A] new tokens of a prefill chunk, rising from 0.
+        past_knot: [P, B] tokens that the chunk attends to beside itself, rising from 0.
+        prefill: [P, A, B] prefill attention.
+    """
+
+    linear: np.ndarray
+    head: np.ndarray
+    decode_knot: np.ndarray
+    decode_base: np.ndarray
+    decode_slope: np.ndarray
+    decode_skew: np.ndarray
+    mixed_base: np.ndarray
+    mixed_slope: np.ndarray
+    mixed_skew: np.ndarray
+    mixed_launch: np.ndarray
+    chunk_knot: np.ndarray
+    past_knot: np.ndarray
+    prefill: np.ndarray
 
 
 def cost_tables(profiles: Sequence[Profile], max_tokens: int, max_sequences: int) -> CostTables:
@@ -36,6 +71,17 @@ def cost_tables(profiles: Sequence[Profile], max_tokens: int, max_sequences: int
     for row in rows:
         _pad(row, sizes)
     return CostTables(**{name: np.stack([row[name] for row in rows]) for name in CostTables._fields})
+
+
+def glance(tables: CostTables) -> np.ndarray:
+    """Decode steps of equally long requests, as observations want them: one line of memory for each look.
+
+    Returns:
+        float32 [P, S + 1, J, 2]: seconds of a step at each knot, and for each token of context beyond it.
+    """
+    fixed = tables.linear[:, : tables.head.shape[1]] + tables.head
+    steps = np.stack([tables.decode_base + fixed[..., None], tables.decode_slope], -1)
+    return steps.astype(np.float32) / PS_PER_S
 
 
 def _tables(profile: Profile, max_tokens: int, max_sequences: int) -> dict[str, np.ndarray]:

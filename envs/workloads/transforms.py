@@ -51,6 +51,34 @@ def scale_rate(w: Workload, rate_rps: float) -> Workload:
     return _changed(w, arrived_at_s=w.arrived_at_s * factor, gap_s=w.gap_s * factor)
 
 
+def scale_lengths(w: Workload, factor: float) -> Workload:
+    """Prompts and outputs `factor` times as long, each of one token at least; prefix blocks shrink alike.
+
+    Raises:
+        InputError: for a factor of 0 or less, or one that leaves no whole number of tokens in a prefix block.
+    """
+    check_positive(w.name, "factor", factor)
+    prompt, output = (
+        np.maximum(np.rint(tokens * factor), 1).astype(np.int64)
+        for tokens in (w.prompt_tokens, w.output_tokens)
+    )
+    block = round(w.prefix_block_tokens * factor)
+    if abs(block - w.prefix_block_tokens * factor) > 1e-6 or (w.prefix_block_tokens and not block):
+        hint = f"must leave a whole number of the {w.prefix_block_tokens} tokens of a prefix block"
+        raise InputError(w.name, "factor", factor, hint)
+    owned = np.diff(w.prefix_offsets)
+    kept = np.minimum(owned, (prompt + output) // block) if block else owned
+    offsets, ids = take_rows(w.prefix_offsets, w.prefix_ids, np.arange(len(w)), kept)
+    return _changed(
+        w,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        prefix_offsets=offsets,
+        prefix_ids=dense(ids),
+        prefix_block_tokens=block,
+    )
+
+
 def open_loop(w: Workload) -> Workload:
     """Every request arrives at its nominal time, whenever its predecessor finishes."""
     return _changed(w, after=None, gap_s=None)

@@ -23,12 +23,14 @@ def observation(lanes: int, instances: int, seed: int = 0) -> dict[str, np.ndarr
     candidates[:, 1:, 1] = np.arange(instances)
     mask = np.ones((lanes, instances + 1), np.int8)
     mask[:, instances] = 0
+    totals = rng.gamma(1.0, 8.0, (lanes, len(schema.GLOBAL))).astype(np.float32)
+    totals[:, schema.column(schema.GLOBAL, "instances")] = instances
     return {
         "instances": rng.gamma(1.0, 50.0, (lanes, instances, len(schema.INSTANCE))).astype(np.float32),
         "requests": rng.gamma(1.0, 200.0, (lanes, 1, len(schema.REQUEST))).astype(np.float32),
         "candidates": candidates,
         "edges": rng.gamma(1.0, 1.0, (lanes, instances + 1, len(schema.EDGE))).astype(np.float32),
-        "globals": rng.gamma(1.0, 8.0, (lanes, len(schema.GLOBAL))).astype(np.float32),
+        "globals": totals,
         "history": rng.poisson(4.0, (lanes, schema.HISTORY)).astype(np.float32),
         "instance_mask": np.ones((lanes, instances), np.int8),
         "mask": mask,

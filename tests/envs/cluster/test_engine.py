@@ -17,8 +17,8 @@ from servegym.envs.cluster.simulate import records_of, simulate
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec, parse_cluster
 from servegym.envs.cluster.state import NONE, copy_lane, lane_bytes, restore, snapshot
 from servegym.envs.cluster.world import build_world
-from servegym.envs.costs.model import CostTables
 from servegym.envs.costs.reference import ReferenceCosts
+from servegym.envs.costs.tables import CostTables
 from servegym.envs.workloads import generate
 from servegym.envs.workloads.workload import Workload, make_workload
 

@@ -18,10 +18,11 @@ from servegym.envs.cluster.memory import fits
 from servegym.envs.cluster.preemption import default_victim
 from servegym.envs.cluster.reference import ReferenceCluster
 from servegym.envs.cluster.schema import KINDS
+from servegym.envs.cluster.settings import GIB
 from servegym.envs.cluster.simulate import records_of
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec, Migration
 from servegym.envs.cluster.state import END, LAST, NEVER, NONE, OFFSET, REQUEST, World
-from servegym.envs.cluster.world import GIB, build_world
+from servegym.envs.cluster.world import build_world
 from servegym.envs.costs import load_profile
 from servegym.envs.workloads.workload import Workload, make_workload
 

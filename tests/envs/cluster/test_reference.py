@@ -13,8 +13,9 @@ import pytest
 
 from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.reference import ReferenceCluster
+from servegym.envs.cluster.settings import GIB
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec, Migration
-from servegym.envs.cluster.world import GIB, build_world
+from servegym.envs.cluster.world import build_world
 from servegym.envs.costs.profile import Link, load_profile, save_profile
 from servegym.envs.workloads.workload import make_workload
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from servegym.envs.costs import model
 from servegym.envs.costs.reference import ReferenceCosts
+from servegym.envs.costs.tables import CostTables
 
 N_SEQUENCES, N_TOKENS = 12, 64
 
@@ -38,7 +39,7 @@ def tables(draw):
         return base, slope, rng.integers(0, scale, size=(2, N_SEQUENCES + 1))
 
     (base, slope, skew), (mixed_base, mixed_slope, mixed_skew) = decode(), decode()
-    return model.CostTables(
+    return CostTables(
         linear=rising(2, N_TOKENS + 1, start=1),
         head=rising(2, N_SEQUENCES + 1),
         decode_knot=context,
@@ -102,7 +103,7 @@ def test_steps_to_reach_is_the_first_that_is_enough(table, p, contexts, k, share
 )
 def test_prefill_is_bilinear(chunk, past, expected):
     zero = np.zeros((1, 3), dtype=np.int64)
-    table = model.CostTables(
+    table = CostTables(
         *[zero] * 10,
         chunk_knot=np.array([[0, 10]]),
         past_knot=np.array([[0, 40]]),

@@ -11,6 +11,7 @@ from servegym.envs.workloads import (
     open_loop,
     predicted_output_tokens,
     prioritise,
+    scale_lengths,
     scale_rate,
     slice_rows,
     window,
@@ -69,6 +70,25 @@ def test_rate_scaling_compresses_gaps_too():
     fast = scale_rate(SESSIONS, 2 * SESSIONS.rate_rps)
     np.testing.assert_allclose(fast.gap_s, SESSIONS.gap_s / 2)
     assert np.array_equal(fast.after, SESSIONS.after)
+
+
+def test_length_scaling_shrinks_prompts_outputs_and_prefix_blocks():
+    w = make_workload(
+        "w", [0.0, 1.0], [64, 3], [32, 1], prefix_offsets=[0, 3, 3], prefix_ids=[0, 1, 2],
+        prefix_block_tokens=32,
+    )  # fmt: skip
+    half = scale_lengths(w, 0.5)
+    assert (half.prompt_tokens.tolist(), half.output_tokens.tolist()) == ([32, 2], [16, 1])
+    assert (half.prefix_block_tokens, half.prefix_ids.tolist()) == (16, [0, 1, 2])
+    assert half.arrived_at_s.tolist() == [0.0, 1.0]
+    assert scale_lengths(w, 1 / 32).output_tokens.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), 0.3])
+def test_a_length_scale_that_cannot_be_is_refused(factor):
+    w = make_workload("w", [0.0], [64], [32], prefix_offsets=[0, 1], prefix_ids=[0], prefix_block_tokens=32)
+    with pytest.raises(InputError, match="factor"):
+        scale_lengths(w, factor)
 
 
 def test_open_loop_forgets_followers():

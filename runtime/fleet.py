@@ -1,0 +1,222 @@
+"""What the engines of a cluster cost and hold: their settings, and the estimates of the observation in numpy.
+
+The numbers equal those of the kernels in `servegym.envs.cluster`: the same integer tables, the same order.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from servegym.envs.cluster import schema
+from servegym.envs.cluster.settings import DECODE_CONTEXT, DECODE_REQUESTS, Setting, setting_of_spec
+from servegym.envs.cluster.spec import InstanceSpec
+from servegym.envs.cluster.state import PS
+from servegym.envs.costs.profile import Profile, load_profile
+from servegym.envs.costs.reference import ReferenceCosts
+from servegym.envs.costs.tables import CostTables, cost_tables, glance
+from servegym.errors import InputError
+
+SECOND = 1.0 / PS
+
+
+@dataclass(frozen=True, eq=False)
+class InstanceSettings:
+    """One engine replica as it was started: its cost profile and its settings in the model's units.
+
+    `InstanceSettings.of("a100-llama-3.1-8b", kv_blocks=4096)` makes one.
+
+    Attributes:
+        profile: what its iterations cost.
+        setting: blocks, budgets, swap and network costs; see `Setting`.
+        prefill_tokens_per_s: of one full chunk without past.
+        decode_tokens_per_s: of 64 requests (at most max_seqs) of 1,024 tokens.
+        stays: whether it is meant to stay; others drain at a time that is known beforehand.
+    """
+
+    profile: Profile
+    setting: Setting
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    stays: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        spec: InstanceSpec | str | Path,
+        *,
+        prefix_caching: bool = True,
+        migrates: bool = False,
+        **settings: Any,
+    ) -> InstanceSettings:
+        """Settings from a spec, or from a profile's name or path and fields of `InstanceSpec`.
+
+        Raises:
+            InputError: unknown profile, or settings that contradict each other.
+        """
+        if not isinstance(spec, InstanceSpec):
+            known = [name for name in InstanceSpec.__dataclass_fields__ if name != "profile"]
+            for name in settings:
+                if name not in known:
+                    raise InputError(spec, "settings", name, f"choose from {', '.join(known)}")
+            spec = InstanceSpec(str(spec), **settings)
+        elif settings:
+            raise InputError(spec.profile, "settings", sorted(settings), "put them into the spec")
+        profile = load_profile(spec.profile)
+        setting = setting_of_spec("instance", spec, profile, prefix_caching=prefix_caching, migrates=migrates)
+        return cls(profile, setting, *_speeds(profile, setting), stays=spec.drain_at_s is None)
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV capacity in tokens."""
+        return self.setting.blocks * self.setting.block_tokens
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens that it can hold when nothing else is there."""
+        return (self.setting.blocks - self.setting.watermark) * self.setting.block_tokens
+
+    def blocks_of(self, tokens: int) -> int:
+        """KV blocks that hold so many tokens."""
+        return -(-tokens // self.setting.block_tokens)
+
+
+def _speeds(profile: Profile, setting: Setting) -> tuple[float, float]:
+    """Tokens per second of prefill and decode, as the model quotes them."""
+    costs = ReferenceCosts(cost_tables([profile], setting.budget, setting.max_seqs))
+    prefill = setting.budget / (costs.iteration_ps(0, [], [(setting.budget, 0)]) / PS)
+    n = min(DECODE_REQUESTS, setting.max_seqs)
+    length = max(1, min(DECODE_CONTEXT, setting.blocks * setting.block_tokens // n))
+    return prefill, n / (costs.iteration_ps(0, [length] * n, []) / PS)
+
+
+class Fleet:
+    """Constants of a list of instances, and what their iterations cost.
+
+    Attributes:
+        nodes: float32 [I, INSTANCE], the features that never change, others 0.
+        capacity: int64 [I], KV tokens; max_seqs: int64 [I]; prefill_speed: float64 [I], tokens/s.
+        room: int64 [I], tokens that each can hold when empty; host_blocks: int64 [I].
+        profile: row of the cost tables of each instance.
+    """
+
+    def __init__(self, settings: Sequence[InstanceSettings]) -> None:
+        profiles = list({id(s.profile): s.profile for s in settings}.values())
+        tables = cost_tables(
+            profiles, max(s.setting.budget for s in settings), max(s.setting.max_seqs for s in settings)
+        )
+        index = {id(profile): row for row, profile in enumerate(profiles)}
+        self.profile = [index[id(s.profile)] for s in settings]
+        self._costs = [_Costs(tables, p) for p in range(len(profiles))]
+        self.capacity = np.array([s.kv_tokens for s in settings])
+        self.max_seqs = np.array([s.setting.max_seqs for s in settings])
+        self.prefill_speed = np.array([s.prefill_tokens_per_s for s in settings])
+        self.host_blocks = np.array([s.setting.host_blocks for s in settings])
+        self.room = np.array([s.room_tokens for s in settings])
+        self.nodes = self._nodes(settings)
+        # One flat table of decode steps; each instance's profile starts at its base.
+        look = glance(tables)
+        self._look = look.reshape(-1, 2)
+        self._knot = tables.decode_knot[self.profile]
+        self._base = np.array(self.profile) * (look.shape[1] * look.shape[2])
+
+    def _nodes(self, settings: Sequence[InstanceSettings]) -> np.ndarray:
+        known: dict[str, Any] = {
+            "kv_capacity_tokens": self.capacity,
+            "token_budget": [s.setting.budget for s in settings],
+            "max_seqs": self.max_seqs,
+            "prefill_tokens_per_s": self.prefill_speed,
+            "decode_tokens_per_s": [s.decode_tokens_per_s for s in settings],
+        }
+        nodes = np.zeros((len(settings), len(schema.INSTANCE)), np.float32)
+        for name, values in known.items():
+            nodes[:, schema.column(schema.INSTANCE, name)] = values
+        return nodes
+
+    def step_s(self, n: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """Decode-only iterations of n equally long requests on every instance, seconds; 0 for n = 0.
+
+        Args:
+            n, context: int64 [..., I], requests (at most max_seqs) and their tokens of KV in all.
+        """
+        knots = self._knot.shape[1]
+        # Knots rise from 0, so the last one reached is the segment of the mean context.
+        j = (n[..., None] * self._knot <= context[..., None]).sum(-1) - 1
+        look = self._look[self._base + n * knots + j]
+        beyond = context - n * self._knot[np.arange(len(self._base)), j]
+        return np.where(n > 0, look[..., 0] + look[..., 1] * beyond, 0.0)
+
+    def step_of(self, i: int, n: int, context: int) -> float:
+        """As `step_s`, on instance i alone."""
+        if n == 0:
+            return 0.0
+        knots = self._knot[i].tolist()
+        j = bisect_right(knots, context / n) - 1
+        while n * knots[j] > context:  # the division may have rounded up
+            j -= 1
+        fixed, more = self._look[self._base[i] + n * len(knots) + j].tolist()
+        return fixed + more * (context - n * knots[j])
+
+    def prefill_s(self, i: int, uncached: int, past: int, budget: int) -> float:
+        """Seconds of instance i's iterations of up to `budget` tokens that compute a prompt alone.
+
+        Args:
+            uncached: tokens to compute, at least 1; past: cached tokens before them.
+        """
+        return self._costs[self.profile[i]].prompt_ps(uncached, past, budget) * SECOND
+
+    def mixed_s(self, i: int, n: int, context: int, chunk: int, past: int, sequences: int) -> float:
+        """Seconds of an iteration of instance i: n equally long decodes and a chunk of a prompt."""
+        return self._costs[self.profile[i]].mixed_ps(n, context, chunk, past, sequences) * SECOND
+
+
+class _Costs:
+    """One profile's iterations in picoseconds, from lists: scalars out of numpy arrays are slow."""
+
+    def __init__(self, tables: CostTables, p: int) -> None:
+        self._tables, self._p = tables, p
+        self._knots: list[int] = tables.decode_knot[p].tolist()
+        self._linear: list[int] = tables.linear[p].tolist()
+        self._head: list[int] = tables.head[p].tolist()
+        self._chunks: list[int] = tables.chunk_knot[p].tolist()
+        self._pasts: list[int] = tables.past_knot[p].tolist()
+        self._prefill: list[list[int]] = tables.prefill[p].tolist()
+
+    def prefill_ps(self, chunk: int, past: int) -> int:
+        """Attention of one chunk over itself and `past` tokens, as `ReferenceCosts.prefill_ps`."""
+        chunks, pasts = self._chunks, self._pasts
+        a = min(bisect_right(chunks, chunk) - 1, len(chunks) - 2)
+        b = min(bisect_right(pasts, past) - 1, len(pasts) - 2)
+        step, width = past - pasts[b], pasts[b + 1] - pasts[b]
+        low_row, high_row = self._prefill[a], self._prefill[a + 1]
+        low = low_row[b] + (low_row[b + 1] - low_row[b]) * step // width
+        high = high_row[b] + (high_row[b + 1] - high_row[b]) * step // width
+        return low + (high - low) * (chunk - chunks[a]) // (chunks[a + 1] - chunks[a])
+
+    def prompt_ps(self, uncached: int, past: int, budget: int) -> int:
+        """All iterations of a prompt; full chunks cost as many at their mean past."""
+        full = (uncached - 1) // budget
+        rest = uncached - full * budget
+        ps = self._linear[rest] + self._head[1] + self.prefill_ps(rest, past + full * budget)
+        if full:
+            attention = self.prefill_ps(budget, past + (full - 1) * budget // 2)
+            ps += full * (self._linear[budget] + self._head[1] + attention)
+        return ps
+
+    def mixed_ps(self, n: int, context: int, chunk: int, past: int, sequences: int) -> int:
+        """An iteration of n equally long decodes with `context` tokens of KV in all, and one chunk."""
+        t, p = self._tables, self._p
+        ps = self._linear[n + chunk] + self._head[sequences]
+        base, slope = t.decode_base, t.decode_slope
+        if chunk:
+            ps += self.prefill_ps(chunk, past) + int(t.mixed_launch[p]) * n * chunk
+            base, slope = t.mixed_base, t.mixed_slope
+        if n:
+            j = bisect_right(self._knots, context // n) - 1
+            ps += int(base[p, n, j]) + int(slope[p, n, j]) * (context - n * self._knots[j])
+        return ps

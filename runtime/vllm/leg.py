@@ -1,0 +1,159 @@
+"""One leg of a request: the stream of one vLLM server, from its request to its end, move or death."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+PATH = "/v1/completions"
+WINDOW = 8  # tokens whose end tells whether a character is complete
+# Asks a server that runs the NIXL connector to keep the KV of this request for another one.
+KEEP_KV = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+class EngineLostError(Exception):
+    """The engine cannot be reached, died, hangs or talks nonsense; another one may answer."""
+
+
+class EngineRefusedError(Exception):
+    """The engine answered that it will not serve the request.
+
+    Attributes:
+        status, body: its answer.
+    """
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status, self.body = status, body
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another engine may take the request."""
+        return self.status == 429 or self.status >= 500
+
+
+class Leg:
+    """An open stream of chunks."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self._rest = b""
+
+    async def read(self) -> list[dict[str, Any]] | None:
+        """The chunks that have come since, at least one; None behind the last.
+
+        Raises:
+            EngineLostError: the stream broke off or tells of an error.
+        """
+        while True:
+            try:
+                data = await self._response.content.readany()
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise EngineLostError(f"stream broke off: {error!r}") from error
+            if not data:
+                raise EngineLostError("stream ended early")
+            *events, self._rest = (self._rest + data).split(b"\n\n")
+            chunks = [chunk for event in events if (chunk := _parse(event)) is not None]
+            if chunks and chunks[-1] is _DONE:
+                return chunks[:-1] or None
+            if chunks:
+                return chunks
+
+    def close(self) -> None:
+        """Drop the stream; the server aborts the request."""
+        self._response.close()
+
+
+_DONE: dict[str, Any] = {}
+
+
+def _parse(event: bytes) -> dict[str, Any] | None:
+    """The chunk in a server-sent event; None for a comment."""
+    if not event.startswith(b"data:"):
+        return None
+    data = event[5:].strip()
+    if data == b"[DONE]":
+        return _DONE
+    try:
+        chunk = json.loads(data)
+    except ValueError as error:
+        raise EngineLostError(f"chunk {data[:40]!r} is no JSON") from error
+    if not isinstance(chunk, dict) or "error" in chunk:
+        raise EngineLostError(f"error in the stream: {data[:200]!r}")
+    return chunk
+
+
+async def open_leg(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> Leg:
+    """Send a request to an engine and wait until it begins to answer.
+
+    Raises:
+        EngineLostError, EngineRefusedError: it does not.
+    """
+    return Leg(await _post(session, url + PATH, body, headers))
+
+
+async def keep_kv(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> dict[str, Any]:
+    """Have an engine compute, or find in its cache, the KV of a leg's prompt and keep it for another engine.
+
+    Returns:
+        `kv_transfer_params` for a leg of the same prompt at that other engine.
+
+    Raises:
+        EngineLostError, EngineRefusedError: it does not.
+    """
+    body = {**body, "max_tokens": 1, "min_tokens": 0, "stream": False, "kv_transfer_params": KEEP_KV}
+    response = await _post(session, url + PATH, body, headers)
+    try:
+        params = (await response.json())["kv_transfer_params"]
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
+        raise EngineLostError(f"no KV hand-off: {error!r}") from error
+    if not isinstance(params, dict):
+        raise EngineLostError("no KV hand-off: the server runs no connector")
+    return params
+
+
+async def count_partial(
+    session: aiohttp.ClientSession, url: str, tokens: Sequence[int], most: int, headers: Mapping[str, str]
+) -> int:
+    """How many of the last `most` tokens do not end a character, so that vLLM has not told their text yet.
+
+    Raises:
+        EngineLostError, EngineRefusedError: the engine does not say.
+    """
+    for count in range(most + 1):
+        tail = list(tokens[max(0, len(tokens) - most - WINDOW) : len(tokens) - count])
+        response = await _post(session, url + "/detokenize", {"tokens": tail}, headers)
+        try:
+            text = (await response.json())["prompt"]
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            raise EngineLostError(f"cannot detokenize: {error!r}") from error
+        if not str(text).endswith("\ufffd"):
+            return count
+    return most
+
+
+async def _post(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> aiohttp.ClientResponse:
+    try:
+        response = await session.post(url, json=body, headers=headers)
+        if response.status == 200:
+            return response
+        async with response:
+            raise EngineRefusedError(response.status, await response.read())
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise EngineLostError(repr(error)) from error

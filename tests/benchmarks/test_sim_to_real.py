@@ -1,0 +1,56 @@
+"""The sim-to-real benchmark on a transformer of a few thousand parameters: its last line, its requests."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from servegym.runtime.calibrate.shapes import Limits
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sim_to_real
+
+    shape = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": 64}
+    monkeypatch.setattr(sim_to_real, "SHAPE", {**sim_to_real.SHAPE, **shape, "head_dim": 4})
+    monkeypatch.setattr(sim_to_real, "LIMITS", Limits(64, 4, 128, 48, 16))
+    for name, value in {"DEPTHS": {"shallow": 1, "deep": 2}, "REQUESTS": 24, "ROUNDS": 1, "SIZE": 4}.items():
+        monkeypatch.setattr(sim_to_real, name, value)
+    monkeypatch.setattr(sim_to_real, "POLICIES", ("round_robin", "mooncake"))
+    monkeypatch.setattr("sys.argv", ["sim_to_real.py"])
+    return sim_to_real
+
+
+def test_the_last_line_holds_value_goal_spread_and_every_figure(tiny, capsys):
+    tiny.main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["name"], line["unit"], line["goal"]) == ("sim_to_real", "%", 10.0)
+    detail = line["detail"]
+    assert line["value"] == pytest.approx(
+        max(abs(e) for p in detail["policies"] for e in p["error_percent"].values()), abs=0.01
+    )
+    assert [p["policy"] for p in detail["policies"]] == ["round_robin", "mooncake"]
+    assert detail["machine_spread_percent"] >= 0
+    assert detail["spearman_of_policies"] in (-1.0, 1.0)
+    assert set(detail["held_out_percent"]) == {"shallow", "deep"}
+    assert detail["requests"] == 24
+
+
+def test_every_policy_meets_requests_that_overload_the_pair(tiny, tmp_path, monkeypatch):
+    from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
+
+    fleet = ClusterSpec(
+        "pair", tuple(InstanceSpec(f"{x}100-llama-3.1-8b") for x in "ah"), prefix_caching=False
+    )
+    from servegym.envs.cluster.capacity import saturation_rps
+
+    first, second = tiny.episode_of(fleet), tiny.episode_of(fleet)
+    assert first.workload.arrived_at_s.tolist() == second.workload.arrived_at_s.tolist()
+    assert first.workload.rate_rps == pytest.approx(tiny.LOAD * saturation_rps(fleet, first.workload))
+    assert tiny.LOAD > 2
+    assert set(first.workload.session) == set(range(tiny.SESSIONS))
+    assert tiny.PROMPT[0] <= first.workload.prompt_tokens.min() <= first.workload.prompt_tokens.max() <= 90

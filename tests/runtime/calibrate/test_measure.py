@@ -1,0 +1,87 @@
+"""Rounds in random order, a forgotten warm-up, no garbage collection; a neighbour does not fail unseen."""
+
+import gc
+from itertools import pairwise
+from threading import Event
+
+import numpy as np
+import pytest
+
+from servegym.runtime.calibrate.measure import beside, measure, typical
+from servegym.runtime.calibrate.shapes import Shape
+
+SHAPES = [Shape((n,)) for n in range(1, 21)]
+
+
+class Recorder:
+    """Remembers what ran; a shape takes its context in seconds, plus a drift of 1 s a call."""
+
+    def __init__(self, drift=0.0):
+        self.ran, self.drift, self.collecting = [], drift, []
+
+    def run(self, shape):
+        self.ran.append(shape)
+        self.collecting.append(gc.isenabled())
+        return shape.contexts[0] + self.drift * len(self.ran)
+
+
+def test_each_round_has_every_shape_once_in_an_order_of_its_own():
+    bench = Recorder()
+    seconds = measure(bench, SHAPES, rounds=3, seed=5)
+    rounds = [bench.ran[k * 20 : (k + 1) * 20] for k in range(4)]
+    assert len(bench.ran) == 80
+    assert all(set(one) == set(SHAPES) for one in rounds)
+    assert all(one != SHAPES for one in rounds)
+    assert all(a != b for a, b in pairwise(rounds))
+    np.testing.assert_array_equal(seconds, np.repeat(np.arange(1.0, 21.0)[:, None], 3, axis=1))
+
+
+def test_drift_does_not_look_like_a_shape():
+    seconds = typical(measure(Recorder(drift=0.05), SHAPES, rounds=9, seed=0))
+    extra = seconds - np.arange(1.0, 21.0)
+    assert abs(np.corrcoef(extra, np.arange(20))[0, 1]) < 0.5
+
+
+def test_warm_up_is_forgotten():
+    class Cold(Recorder):
+        def run(self, shape):
+            return super().run(shape) + 100 * (len(self.ran) <= len(SHAPES))
+
+    assert measure(Cold(), SHAPES, rounds=2).max() <= 20
+
+
+def test_garbage_is_not_collected_meanwhile():
+    bench = Recorder()
+    measure(bench, SHAPES, rounds=1)
+    assert not any(bench.collecting)
+    assert gc.isenabled()
+
+
+def test_the_median_ignores_an_interruption():
+    assert typical(np.array([[1.0, 1.1, 50.0]])).tolist() == [1.1]
+
+
+def test_neighbours_run_while_the_block_lasts_and_no_longer():
+    ready = Event()
+
+    class Neighbour(Recorder):
+        def run(self, shape):
+            ready.set()
+            return super().run(shape)
+
+    neighbour = Neighbour()
+    with beside([neighbour], SHAPES):
+        assert ready.wait(5)
+    ran = len(neighbour.ran)
+    assert ran > 0
+    assert not Event().wait(0.01)
+    assert len(neighbour.ran) == ran
+
+
+def test_a_neighbour_that_fails_is_reported():
+    class Broken:
+        def run(self, shape):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"), beside([Broken()], SHAPES):
+        pass

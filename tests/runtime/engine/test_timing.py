@@ -1,0 +1,46 @@
+"""The timers move what they say they move; what the numbers are is for the machine to say."""
+
+import threading
+
+import pytest
+import torch
+
+from servegym.errors import InputError
+from servegym.runtime.engine.instance import Instance
+from servegym.runtime.engine.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
+
+
+@pytest.mark.parametrize("group", [1, 7])
+def test_swap_brings_back_what_went_out(tiny, setting, group):
+    instance = Instance(tiny, setting(host_blocks=40))
+    instance.cache.normal_()
+    before = instance.cache.clone()
+    out, back = time_swap(instance, 30, group)
+    assert out > 0 and back > 0
+    assert torch.equal(instance.cache, before)
+    went = {tuple(block.flatten()[:3].tolist()) for block in instance.swap.host[:30]}
+    assert len(went & {tuple(block.flatten()[:3].tolist()) for block in instance.swap.by_block}) == 30
+    assert not instance.swap.host[30:].any()
+    with pytest.raises(InputError):
+        time_swap(instance, 41, group)
+
+
+def test_transfer_copies_blocks(tiny, setting):
+    lock = threading.RLock()
+    source, target = (Instance(tiny, setting(), number, lock=lock) for number in range(2))
+    source.cache.fill_(1.0)
+    assert time_transfer(source, target, 25) > 0
+    assert target.cache.sum() == 25 * target.cache[:, :, 0].numel()
+
+
+def test_bandwidth_counts_keys_and_values(tiny, setting):
+    found = decode_bandwidth(Instance(tiny, setting(blocks=100)), batch=4, context=90, repeats=3)
+    assert found.seconds * found.bytes_per_second == pytest.approx(2 * 4 * 90 * 2 * 16 * 8)
+    with pytest.raises(InputError):
+        decode_bandwidth(Instance(tiny, setting()), batch=4, context=90)
+
+
+def test_downtime_lies_within_the_gap(tiny, setting):
+    for found in migration_downtime(tiny, setting(blocks=120), [16, 300]):
+        assert 0 < found.stopped_s < found.gap_s
+        assert found.stages >= 1
