@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from servegym.agents.evolved.rule import SHAPE, EvolvedDispatch, lmetric_weights, other_rules
-from servegym.agents.heuristics._rule import BuiltIn
+from servegym.agents.heuristics._builtin import BuiltIn
 from servegym.envs.cluster import schema
 from servegym.envs.cluster.decisions import kinds_of
 from servegym.envs.cluster.episode import Episode
