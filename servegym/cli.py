@@ -15,6 +15,7 @@ from servegym.errors import InputError
 
 COMMANDS = {
     "train": "train a policy with PPO, or go on where a run stopped",
+    "evolve": "search dispatch rules that teach networks",
     "evaluate": "play policies and heuristics on the same requests; table, JSON and plots",
     "export": "turn a checkpoint into a bundle that needs no torch",
     "calibrate": "measure the runtime on this machine and write a cost profile",

@@ -188,36 +188,40 @@ def _rank(row: Row) -> tuple[float, float]:
     return -row.interval("goodput").mean, row.interval("e2e_mean_s").mean
 
 
-def as_json(tables: Sequence[Table], samples: bool = True) -> list[dict]:
+def as_json(tables: Sequence[Table]) -> list[dict]:
     """Plain data: each metric with interval, paired difference to the best heuristic, and samples."""
     return [
-        {
-            "scenario": table.scenario,
-            "cluster": table.setting.cluster,
-            "load": table.setting.load,
-            "rate_rps": table.rate_rps,
-            "requests": table.requests,
-            "best_heuristic": table.best_heuristic.policy,
-            "policies": [_row_json(row, table.best_heuristic, samples) for row in table.rows],
-        }
+        facts(table) | {"policies": [_row_json(row, table.best_heuristic) for row in table.rows]}
         for table in tables
     ]
 
 
-def _row_json(row: Row, best: Row, samples: bool) -> dict:
+def facts(table: Table) -> dict:
+    """What a table is about, as plain data."""
+    return {
+        "scenario": table.scenario,
+        "cluster": table.setting.cluster,
+        "load": table.setting.load,
+        "rate_rps": table.rate_rps,
+        "requests": table.requests,
+        "best_heuristic": table.best_heuristic.policy,
+    }
+
+
+def _row_json(row: Row, best: Row) -> dict:
     metrics: dict[str, dict] = {}
     for name, values in row.samples.items():
         own, gain = row.interval(name), row.against(best, name)
-        metrics[name] = {"mean": _number(own.mean), "half_width": _number(own.half_width)}
-        metrics[name] |= {
-            "against_best": _number(gain.mean),
-            "against_best_half_width": _number(gain.half_width),
+        metrics[name] = {
+            "mean": number(own.mean),
+            "half_width": number(own.half_width),
+            "against_best": number(gain.mean),
+            "against_best_half_width": number(gain.half_width),
+            "samples": [number(v) for v in values],
         }
-        if samples:
-            metrics[name]["samples"] = [_number(v) for v in values]
     return {"policy": row.policy, "oracle": row.oracle, "learned": row.learned, "metrics": metrics}
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """Six significant digits; JSON has no NaN."""
     return float(f"{value:.6g}") if np.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,17 @@ from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.metrics import Interval
 from servegym.envs.scenario import Scenario
-from servegym.evaluation import Row, Setting, Table, compare, decisions_of, measure, three_loads
+from servegym.evaluation import (
+    Row,
+    Setting,
+    Table,
+    compare,
+    decisions_of,
+    facts,
+    measure,
+    number,
+    three_loads,
+)
 
 if TYPE_CHECKING:
     from servegym.agents.ppo import PPO
@@ -125,6 +136,29 @@ def card(
         ),
     ]
     return "\n".join([*lines, *(line for table in tables for line in _section(table)), ""])
+
+
+def record(tables: Sequence[Table]) -> list[dict]:
+    """The figures of a card as plain data: mean and half-width of its columns, a row for each policy."""
+    return [facts(table) | {"policies": [_recorded(row) for row in table.rows]} for table in tables]
+
+
+def _recorded(row: Row) -> dict[str, Any]:
+    values = {name: row.interval(name) for name in ("goodput", *COLUMNS)}
+    metrics = {name: [number(value.mean), number(value.half_width)] for name, value in values.items()}
+    return {"policy": row.policy, "learned": row.learned, "metrics": metrics}
+
+
+def metrics_text(about: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> str:
+    """metrics.json: what is said about the run, then the tables of `record` with one line for each policy."""
+    text = json.dumps(dict(about), indent=1, allow_nan=False).removesuffix("\n}")
+    return f'{text},\n "tables": [{",".join(map(_table_text, tables))}]\n}}\n'
+
+
+def _table_text(table: Mapping[str, Any]) -> str:
+    head = json.dumps({name: value for name, value in table.items() if name != "policies"}, allow_nan=False)
+    rows = ",\n   ".join(json.dumps(row, allow_nan=False) for row in table["policies"])
+    return f'\n  {head.removesuffix("}")}, "policies": [\n   {rows}]}}'
 
 
 def _listed(names: Sequence[str]) -> str:

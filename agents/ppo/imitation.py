@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from servegym.agents.play import Watcher
 from servegym.agents.policy import Policy
 from servegym.errors import InputError
 from servegym.models.features import ARRAYS
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def imitate(model: PPO, teacher: Policy, updates: int) -> list[float]:
     """Teach the network of a fresh trainer; its lanes are reset before and start anew after.
 
-    The step size is PPO's first one. Decisions are not counted as PPO's.
+    The step size falls from PPO's first one to a tenth of it. Decisions are not counted as PPO's.
 
     Args:
         model: a trainer that has not learned yet.
@@ -46,11 +47,15 @@ def imitate(model: PPO, teacher: Policy, updates: int) -> list[float]:
             "imitation", "teacher", teacher.name, "reads the oracle; make the environment with it"
         )
     agreements = []
+    if isinstance(teacher, Watcher):
+        teacher.watch(env)
     with model.ready():
         env.reset(seed=model.seed)
         model.look()
         teacher.reset(env.num_envs, model.seed or 0)
         for update in range(updates):
+            for group in model.optimizer.param_groups:
+                group["lr"] = model.config.learning_rate * (1.0 - 0.9 * update / updates)
             agreements.append(_play(model, teacher, share=1.0 - update / max(updates - 1, 1)))
             model.estimate()
             for _ in range(model.config.n_epochs):

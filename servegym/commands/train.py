@@ -11,22 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 import torch
 import tyro
 
+from servegym.agents.evolved import ByScenario, read_rule
 from servegym.agents.heuristics import make_heuristic
+from servegym.agents.policy import Policy
 from servegym.agents.ppo import PPO, CheckpointCallback, NetworkPolicy, PPOConfig, imitate, improve, read_info
+from servegym.agents.ppo.checkpoint import read_network
 from servegym.agents.search.lookahead import Lookahead
 from servegym.agents.task import Task
 from servegym.envs.cluster.decisions import ENVIRONMENTS, divide
-from servegym.envs.cluster.episode import fleets_of, mix_episodes
+from servegym.envs.cluster.episode import Episode, fleets_of, mix_episodes
+from servegym.envs.cluster.spec import parse_cluster
 from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
-from servegym.evaluation import Table, as_json
+from servegym.evaluation import Table
 from servegym.files import check_folder, command_line, console, git_revision, input_hashes, say, warn
 from servegym.flags import Setup, check_environment, check_seed
 from servegym.models.config import NetworkConfig
+from servegym.models.dense import DenseNetwork
 from servegym.report import render
 from servegym.runtime.export import decision_us
-from servegym.training import EVAL_SEED, EvaluationCallback, card, final_tables
+from servegym.training import EVAL_SEED, EvaluationCallback, card, final_tables, metrics_text, record
 
 if TYPE_CHECKING:
     from servegym.maskable import MaskableTrainer
@@ -79,10 +84,16 @@ class Command(Setup):
     """Where the checkpoint folder goes."""
     tensorboard_log: str = "runs/tensorboard"
     """Where TensorBoard's event files go."""
+    start: str | None = None
+    """Checkpoint whose weights ppo begins with, of a network of the same size; fresh ones by default."""
+    most_instances: int | None = None
+    """Train on the scenarios' fleets of at most so many instances: small ones cost less, and networks play on
+    any; all of them by default."""
     imitate: str | None = None
-    """Heuristic whose answers ppo learns first, before it improves on them; none by default."""
+    """What ppo learns the answers of, before it improves on them: a heuristic, or a folder with a rule for
+    each scenario, SCENARIO.json, as `servegym evolve` writes it; none by default."""
     imitate_updates: int = 16
-    """Roll-outs of learning from that heuristic, from its own play at first to the network's at last."""
+    """Roll-outs of learning from that teacher, from its own play at first to the network's at last."""
     lookahead_updates: int = 0
     """Roll-outs of learning from look-ahead, which scores answers on the true future, before ppo."""
     lookahead_rules: dict[str, str] = field(default_factory=dict)
@@ -112,9 +123,11 @@ class Command(Setup):
         settings = self._settings(task, scenarios)  # now: files may change while training goes on
         if self.resume:
             _check_settings(settings, folder)
-        agent = self._agent(self._environment(scenarios), task, folder)
+        played = self._small_enough(scenarios)
+        teacher, start = self._teacher(played), self._start()
+        agent = self._agent(self._environment(played), task, folder, start)
         if not self.resume:
-            self._warm_up(agent)
+            self._warm_up(agent, teacher)
         callbacks = [
             CheckpointCallback(
                 folder, self.save_freq, lambda model: self._files(model, scenarios, settings, [])
@@ -135,10 +148,37 @@ class Command(Setup):
         say(f"checkpoint: {folder}")
         return 0
 
-    def _warm_up(self, agent: Agent) -> None:
-        """Learn from a heuristic and from look-ahead, as far as the flags say so."""
-        if self.imitate is not None:
-            agreements = imitate(cast("PPO", agent), make_heuristic(self.imitate), self.imitate_updates)
+    def _small_enough(self, scenarios: list[Scenario]) -> list[Scenario]:
+        """The scenarios with those of their fleets that are trained on."""
+        if self.most_instances is None:
+            return scenarios
+        small = []
+        for s in scenarios:
+            fleets = tuple(text for text in s.clusters if len(parse_cluster(text)) <= self.most_instances)
+            if not fleets:
+                hint = f"every fleet of scenario {s.name} has more"
+                raise InputError("train", "most_instances", self.most_instances, hint)
+            small.append(replace(s, clusters=fleets))
+        return small
+
+    def _start(self) -> DenseNetwork | None:
+        if self.start is None:
+            return None
+        network, info = read_network(self.start)
+        if info.network != self.network:
+            raise InputError(self.start, "network", vars(info.network), f"expected {vars(self.network)}")
+        return network
+
+    def _teacher(self, scenarios: list[Scenario]) -> Policy | None:
+        if self.imitate is None or not Path(self.imitate).is_dir():
+            return None if self.imitate is None else make_heuristic(self.imitate)
+        rules = {s.name: read_rule(Path(self.imitate) / f"{s.name}.json") for s in scenarios}
+        return ByScenario(rules, [e.scenario.name for e in self._episodes(scenarios) if e.scenario])
+
+    def _warm_up(self, agent: Agent, teacher: Policy | None) -> None:
+        """Learn from a teacher and from look-ahead, as far as the flags say so."""
+        if teacher is not None:
+            agreements = imitate(cast("PPO", agent), teacher, self.imitate_updates)
             say(f"imitation of {self.imitate}: the same answer to {agreements[-1]:.0%} of the questions")
         if self.lookahead_updates:
             regrets = improve(cast("PPO", agent), self._search(), self.lookahead_updates)
@@ -201,13 +241,16 @@ class Command(Setup):
         decisions, rules = divide(self.decisions or ENVIRONMENTS[self.env], self.rules, fleets, where)
         return Task(self.env, decisions, rules, tuple(map(asdict, scenarios)))
 
+    def _episodes(self, scenarios: list[Scenario]) -> list[Episode]:
+        return mix_episodes(scenarios, self.episodes, self.seed)
+
     def _environment(self, scenarios: list[Scenario]) -> ClusterVectorEnv:
         env = ClusterVectorEnv(
             self.n_envs,
             scenarios,
             decisions=self.decisions or ENVIRONMENTS[self.env],
             rules=self.rules,
-            episodes=mix_episodes(scenarios, self.episodes, self.seed),
+            episodes=self._episodes(scenarios),
             num_threads=self.num_threads,
             copy=self.algo != "ppo",
             group_size=self.group_size if self.algo == "ppo" else 1,
@@ -218,7 +261,7 @@ class Command(Setup):
             raise InputError("train", "decisions", ", ".join(env.decisions), hint)
         return env
 
-    def _agent(self, env: ClusterVectorEnv, task: Task, folder: Path) -> Agent:
+    def _agent(self, env: ClusterVectorEnv, task: Task, folder: Path, start: DenseNetwork | None) -> Agent:
         logs = str(Path(self.tensorboard_log) / folder.name)
         track = self.wandb_project_name if self.track else None
         if self.resume:
@@ -230,6 +273,8 @@ class Command(Setup):
         agent = make(env, self.network, config, self.seed, logs, track, task, command_line(), self.device)
         if self.algo != "ppo":
             warn(f"{self.algo}: discount {agent.gamma:.6f} a decision; ppo.gae_horizon_s has no effect")
+        if start is not None:
+            agent.network.load_state_dict(start.state_dict())
         megabytes = sum(a.nbytes for a in env.observation_space.sample().values()) * config.n_steps / 1e6
         say(
             f"{folder}: {self.n_timesteps:,} decisions in {self.n_envs} lanes, "
@@ -243,6 +288,7 @@ class Command(Setup):
     def _settings(self, task: Task, scenarios: list[Scenario]) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON gives it back."""
         names = ["n_timesteps", "n_envs", "group_size", "episodes", "seed", "imitate", "imitate_updates"]
+        names += ["start", "most_instances"]
         names += [f"lookahead_{name}" for name in ("updates", "rules", "horizon_s", "width")]
         settings: dict[str, Any] = {
             "task": asdict(task),
@@ -268,14 +314,9 @@ class Command(Setup):
             "decision_us": round(decision_us(timed, agent.observation, instances=16, repeats=200), 1),
         }
         played = {"seeds": self.eval_episodes, "seed": EVAL_SEED}
-        metrics = {
-            **facts,
-            "settings": settings,
-            "comparison": played,
-            "tables": as_json(tables, samples=False),
-        }
+        about = {**facts, "settings": settings, "comparison": played}
         return {
-            "metrics.json": json.dumps(metrics, indent=1, allow_nan=False) + "\n",
+            "metrics.json": metrics_text(about, record(tables)),
             "README.md": card(self._policy_name(scenarios), facts, agent.task, scenarios, tables),
         }
 

@@ -11,10 +11,9 @@ from typing import Any
 from servegym.agents.ppo import load_policy
 from servegym.agents.ppo.checkpoint import CONFIG
 from servegym.errors import InputError
-from servegym.evaluation import as_json
 from servegym.files import console, say
 from servegym.report import render
-from servegym.training import final_tables
+from servegym.training import final_tables, record
 
 METRICS = "metrics.json"
 DIFFERENT = 1
@@ -65,7 +64,7 @@ class Command:
         if len(tables) != len(recorded):
             yield f"{len(recorded)} tables on the card, {len(tables)} now"
             return
-        for before, now in zip(recorded, as_json(tables, samples=False), strict=True):
+        for before, now in zip(recorded, record(tables), strict=True):
             yield from _compare(before, now)
             if not self.quick:
                 yield from _missing(before, now)
@@ -103,7 +102,6 @@ def _compare(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for row in now["policies"]:
         for metric, value in row["metrics"].items():
             found = known[row["policy"]][metric]
-            for part in ("mean", "half_width"):
-                if found[part] != value[part]:
-                    what = f"{row['policy']} {metric} {part}"
-                    yield f"{where}: {what} {found[part]} on the card, {value[part]} now"
+            for part, before_, now_ in zip(("mean", "half_width"), found, value, strict=True):
+                if before_ != now_:
+                    yield f"{where}: {row['policy']} {metric} {part} {before_} on the card, {now_} now"
