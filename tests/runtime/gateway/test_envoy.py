@@ -122,10 +122,10 @@ def test_the_head_of_a_stream_waits_for_its_first_token():
 
 def test_an_engine_that_dies_under_load_loses_nothing_that_had_not_begun():
     async def test():
-        a, b = FakeEngine(first_s=0.5), FakeEngine(first_s=0.5)
+        a, b = FakeEngine(first_s=2.0), FakeEngine(first_s=2.0)
         async with behind_envoy(a, b) as (gateway, client, _):
             tasks = [asyncio.create_task(client.post(STREAM if k % 2 else WHOLE)) for k in range(60)]
-            await until(lambda: a.running + b.running == 60)
+            await until(lambda: len(a.served) + len(b.served) == 60)
             await a.stop()
             answers = await asyncio.gather(*tasks)
             assert [(status, whole) for status, _, whole in answers] == [(200, True)] * 60
@@ -234,11 +234,11 @@ def test_without_its_picker_envoy_goes_on():
 
 def test_without_its_picker_envoy_still_loses_nothing_to_a_dead_engine():
     async def test():
-        a, b, c = (FakeEngine(first_s=0.5) for _ in range(3))
+        a, b, c = (FakeEngine(first_s=2.0) for _ in range(3))
         async with behind_envoy(a, b, c) as (gateway, client, _):
             await gateway._server.stop(0)
             tasks = [asyncio.create_task(client.post(STREAM)) for _ in range(30)]
-            await until(lambda: a.running + b.running + c.running == 30)
+            await until(lambda: len(a.served) + len(b.served) + len(c.served) == 30)
             assert a.running
             await a.stop()
             assert await asyncio.gather(*tasks) == [(200, TOKENS, True)] * 30

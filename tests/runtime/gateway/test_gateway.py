@@ -63,11 +63,11 @@ def test_a_long_body_in_pieces_comes_back_whole():
 
 def test_an_engine_that_dies_under_load_loses_nothing_that_had_not_begun():
     async def test():
-        a, b = FakeEngine(first_s=0.3), FakeEngine(first_s=0.3)
+        a, b = FakeEngine(first_s=2.0), FakeEngine(first_s=2.0)
         async with running(a, b) as (gateway, envoy):
             asks = [envoy.post(STREAM if k % 2 else WHOLE) for k in range(20)]
             tasks = [asyncio.create_task(ask) for ask in asks]
-            await until(lambda: a.running + b.running == 20)
+            await until(lambda: len(a.served) + len(b.served) == 20)
             await a.stop()
             answers = await asyncio.gather(*tasks)
             assert [x.status for x in answers] == [200] * 20
