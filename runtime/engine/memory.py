@@ -81,9 +81,8 @@ class Memory:
     def drop(self, r: Request) -> None:
         """Request r lets go of its KV; what it has computed of prefix units stays in the cache."""
         self.publish(r, r.computed)
-        for key in reversed(
-            r.shared
-        ):  # the end of a prefix goes first, since it is of no use without the rest
+        # The end of a prefix goes first, since it is of no use without what stands before it.
+        for key in reversed(r.shared):
             unit = self.units[key]
             unit.holders -= 1
             if unit.holders == 0:

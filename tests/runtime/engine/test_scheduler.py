@@ -25,7 +25,7 @@ from servegym.runtime.engine.migration import Phase
 from servegym.runtime.engine.request import make_request
 from servegym.runtime.engine.scheduler import Scheduler
 
-EXAMPLES = int(os.environ.get("SERVEGYM_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("SERVEGYM_EXAMPLES", "200"))
 PROFILE = "a100-llama-3.1-8b"
 BLOCK = 4  # tokens
 MS = 1_000_000_000
@@ -37,11 +37,14 @@ class Contents:
     def __init__(self, blocks, host_blocks):
         self.device = np.full((blocks, BLOCK), None)
         self.host = np.full((host_blocks, BLOCK), None)
+        self.moved = 0
 
     def out(self, blocks, host):
+        self.moved += len(blocks)
         self.host[list(host)] = self.device[list(blocks)]
 
     def back(self, host, blocks):
+        self.moved += len(blocks)
         self.device[list(blocks)] = self.host[list(host)]
 
 
@@ -84,6 +87,7 @@ class Twin:
         assert memory.free == inst.free
         assert len(mine.host_empty) == inst.host_free
         assert len(mine.reserved) == inst.reserved
+        assert self.contents.moved == inst.moved
         assert (mine.joiner and mine.joiner.number) == (inst.joiner and inst.joiner.number)
         if inst.cache:
             assert list(memory.idle) == list(inst.cache.idle)
@@ -149,8 +153,13 @@ class Play:
         class Shadowed(ReferenceInstance):
             def __init__(self, number, setting, entry, costs, choose_victim):
                 super().__init__(number, setting, entry, costs, choose_victim)
+                self.moved = 0
                 unit = int(entry["prefix_tokens"])
                 play.twins[number] = self.twin = Twin(play, number, case.settings[number], unit)
+
+            def swap_ps(self, blocks):
+                self.moved += blocks
+                return super().swap_ps(blocks)
 
             def enqueue(self, r, *, front=False):
                 super().enqueue(r, front=front)
@@ -272,7 +281,7 @@ def plays(draw):
 @st.composite
 def instances(draw, needed):
     blocks = needed + draw(st.sampled_from([0, needed // 4, needed, 4 * needed]))
-    watermark = draw(st.sampled_from([0.0, 0.1]))
+    watermark = draw(st.sampled_from([0.0, 0.1, 0.3]))
     if blocks - int(watermark * blocks) < needed:
         watermark = 0.0
     host = draw(st.sampled_from([0, needed // 2, 3 * needed]))
