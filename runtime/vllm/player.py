@@ -42,6 +42,7 @@ from servegym.runtime.vllm.leg import EngineLostError
 
 BUDGET_S = 1.0  # for a decision
 LEAST_PERIOD_S = 0.05  # between two scrapes, where a scenario wants them without delay
+NULL_BLOCKS = 1  # of its KV cache vLLM gives this many to nobody
 SILENCE_S = 120.0  # from an engine, after which it counts as hung
 
 
@@ -86,7 +87,7 @@ def engine_settings(fleet: ClusterSpec, i: int, settings: InstanceSettings) -> E
     if not fleet.prefix_caching:
         arguments.append("--no-enable-prefix-caching")
     return EngineSettings(
-        kv_blocks=setting.blocks,
+        kv_blocks=setting.blocks + NULL_BLOCKS,
         max_seqs=setting.max_seqs,
         max_model_len=min(settings.room_tokens, config.positions),
         model=model,
@@ -163,7 +164,8 @@ class VllmPlayer:
         async with aiohttp.ClientSession() as session:
             for engine, settings in zip(self.engines, self.settings, strict=True):
                 reading = await scrape(session, engine.url)
-                for name, found in (("block_tokens", reading.block_tokens), ("blocks", reading.blocks)):
+                blocks = reading.blocks - NULL_BLOCKS
+                for name, found in (("block_tokens", reading.block_tokens), ("blocks", blocks)):
                     expected = getattr(settings.setting, name)
                     if found != expected:
                         hint = f"vLLM made it {found}; set the fleet's accordingly"

@@ -28,7 +28,7 @@ SCENARIO = replace(load_scenario("chat"), scrape_s=0.1)
 
 def fleet_in(folder, count=2, **spec):
     """A fleet of one profile with the config.json of a small model beside it."""
-    profile = replace(load_profile("a100-llama-3.1-8b"), kv_blocks=256, block_tokens=16, max_seqs=8)
+    profile = replace(load_profile("a100-llama-3.1-8b"), kv_blocks=255, block_tokens=16, max_seqs=8)
     save_profile(profile, folder / "profile.json")
     shutil.copy(CONFIGS / "cpu-llama.json", folder / "config.json")
     return ClusterSpec("two", (InstanceSpec(str(folder / "profile.json"), **spec),) * count)
@@ -135,7 +135,7 @@ def test_an_engine_that_dies_is_named_with_its_log(peers, tmp_path):
 
 
 def test_servers_with_another_cache_are_refused(peers, tmp_path):
-    with pytest.raises(InputError, match="vLLM made it 256"):
+    with pytest.raises(InputError, match="vLLM made it 255"):
         open_player(fleet_in(tmp_path, kv_blocks=100))
 
 
