@@ -13,9 +13,10 @@ INSTALLED := $(VENV)/.installed
 # vLLM's hundred pinned packages keep to an environment of their own; $SERVEGYM_VLLM_PYTHON names another one.
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+SERVING := benchmarks/gateway.py benchmarks/engine_loss.py benchmarks/picker.py
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow test-envoy test-vllm mutation lint bench clean
+.PHONY: train test test-slow test-envoy test-vllm mutation lint bench bench-serving clean
 
 train: $(INSTALLED)
 	rm -rf $(RUN)
@@ -48,7 +49,11 @@ lint: $(INSTALLED)
 	cd build/typecheck && $(abspath $(PY)) -m mypy --config-file ../../pyproject.toml -p servegym
 
 bench: $(INSTALLED)
-	set -e; for file in benchmarks/*.py; do $(PY) $$file; done
+	set -e; for file in $(filter-out $(SERVING),$(wildcard benchmarks/*.py)); do $(PY) $$file; done
+
+bench-serving: $(INSTALLED) $(VLLM_INSTALLED)
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,envoy]" locust
+	set -e; for file in $(SERVING); do $(PY) $$file; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
