@@ -150,7 +150,8 @@ def allocate_cache(
     """Keys and values of all blocks, [layers, 2, blocks + 1, block_tokens, kv_heads, head_dim].
 
     The last block belongs to nobody: rows that only fill a batch up write there. Zeros, because what a mask
-    hides is multiplied by zero, which does not hide a NaN.
+    hides is multiplied by zero, which does not hide a NaN; written, because memory that was never touched is
+    slow the first time.
     """
     shape = (config.layers, 2, blocks + 1, block_tokens, config.kv_heads, config.head_dim)
-    return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.empty(shape, device=device, dtype=dtype).zero_()

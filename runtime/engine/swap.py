@@ -35,7 +35,8 @@ class SwapSpace:
         self.by_block = cache.permute(2, 0, 1, 3, 4, 5)
         shape = (host_blocks, *self.by_block.shape[1:])
         try:
-            self.host = torch.zeros(shape, dtype=cache.dtype, pin_memory=cache.is_cuda and host_blocks > 0)
+            self.host = torch.empty(shape, dtype=cache.dtype, pin_memory=cache.is_cuda and host_blocks > 0)
+            self.host.zero_()
         except RuntimeError as error:
             raise InputError("engine", "swap_gib", host_blocks, "so many blocks cannot be pinned") from error
         self.side = torch.cuda.Stream(cache.device) if cache.is_cuda else None
