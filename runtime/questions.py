@@ -9,9 +9,7 @@ A view is read, never changed: ask as often as you like.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Collection
 
 import numpy as np
 
@@ -19,198 +17,33 @@ from servegym.envs.cluster import schema
 from servegym.errors import InputError
 from servegym.runtime import offers
 from servegym.runtime.fleet import SECOND
+from servegym.runtime.observation import (
+    DECODE_STEP,
+    EDGE,
+    NODE,
+    NOTHING,
+    STAY,
+    Action,
+    Cap,
+    Dispatch,
+    Move,
+    Pair,
+    Preempt,
+    Question,
+    Stay,
+    blank,
+    make_question,
+    observe_instances,
+    request_row,
+)
 from servegym.runtime.view import ClusterView, RequestView
 
+__all__ = [
+    "Action", "Cap", "Dispatch", "Move", "Pair", "Preempt", "Question", "Stay",
+    "ask_budget", "ask_dispatch", "ask_migrate", "ask_move", "ask_preempt",
+]  # fmt: skip
 CAPS = 5  # offered caps: the token budget, halved from one to the next
 LEAST_CAP = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Stay:
-    """Nothing changes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatch:
-    """The request goes to an instance."""
-
-    instance: int
-
-
-@dataclass(frozen=True, slots=True)
-class Preempt:
-    """A running request gives way; by swap its KV goes to host memory, else it is computed again."""
-
-    key: Hashable
-    swap: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Something moves from a source to a target; `ask_move` asks what."""
-
-    source: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A request moves."""
-
-    key: Hashable
-    source: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cap:
-    """From the next iteration on prompts get at most so many tokens of the instance's budget."""
-
-    instance: int
-    tokens: int
-
-
-Action = Stay | Dispatch | Preempt | Pair | Move | Cap
-STAY = Stay()
-
-
-class Question(NamedTuple):
-    """One question.
-
-    Attributes:
-        kind: of `schema.KINDS`.
-        obs: arrays of `servegym.envs.cluster.schema`, each with a leading dimension of 1.
-        actions: what each legal candidate does; the others are absent.
-    """
-
-    kind: str
-    obs: dict[str, np.ndarray]
-    actions: dict[int, Action]
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is anything to choose beside candidate 0."""
-        return len(self.actions) > 1
-
-
-def _columns(features: tuple[schema.Feature, ...]) -> dict[str, int]:
-    return {feature.name: k for k, feature in enumerate(features)}
-
-
-_NODE, _REQUEST, _EDGE = map(_columns, (schema.INSTANCE, schema.REQUEST, schema.EDGE))
-# What changes of an instance, in the order in which `_nodes` collects it.
-_CHANGING = [
-    _NODE[name]
-    for name in (
-        "running", "waiting", "kv_usage", "preemptions", "scrape_age", "inflight", "inflight_prefill_tokens",
-        "inflight_context_tokens", "inflight_predicted_tokens", "available", "prefill_budget",
-        "urgent_inflight", "host_usage", "engaged",
-    )
-]  # fmt: skip
-_INFLIGHT, _CONTEXT, _TO_COME, _AVAILABLE = 5, 7, 8, 9
-_KV_USAGE, _DECODE_STEP = _NODE["kv_usage"], _NODE["decode_step_s"]
-
-
-class _Books(NamedTuple):
-    """The router's books as int64 [I]: requests, context tokens and predicted tokens in flight."""
-
-    inflight: np.ndarray
-    context: np.ndarray
-    to_come: np.ndarray
-    available: np.ndarray
-
-
-def _nodes(view: ClusterView) -> tuple[np.ndarray, _Books]:
-    """Features of all instances but `decode_step_s`, and the books behind them."""
-    now, fleet = view.now_s, view.fleet
-    changing = np.array(
-        [
-            (
-                x.seen_running,
-                x.seen_waiting,
-                x.seen_kv_usage,
-                x.seen_preemptions,
-                now - x.scraped_at_s,
-                len(x.inflight),
-                x.prefill_tokens,
-                x.prompt_tokens + x.streamed_tokens,
-                max(0, x.predicted_tokens - x.streamed_tokens),
-                x.available,
-                x.prefill_cap,
-                x.urgent,
-                (h - x.host_free_blocks) / h if (h := x.settings.setting.host_blocks) else 0.0,
-                x.engaged,
-            )
-            for x in view.instances
-        ]
-    )
-    nodes = fleet.nodes.copy()
-    nodes[:, _CHANGING] = changing
-    whole = changing[:, [_INFLIGHT, _CONTEXT, _TO_COME, _AVAILABLE]].T.astype(np.int64)
-    return nodes, _Books(whole[0], whole[1], whole[2], whole[3] != 0)
-
-
-def _question(
-    view: ClusterView,
-    kind: str,
-    nodes: np.ndarray,
-    requests: Sequence[Sequence[float]],
-    candidates: np.ndarray,
-    edges: np.ndarray,
-    actions: dict[int, Action],
-    since_s: float,
-) -> Question:
-    """Put the arrays together; legal is what has an action."""
-    mask = np.zeros(len(edges), np.int8)
-    mask[list(actions)] = 1
-    rate, tokens = view.arrivals.rates(view.now_s)
-    inflight = sum(len(x.inflight) for x in view.instances)
-    shared = (len(nodes), rate, tokens, since_s, inflight)
-    arrays = {
-        "instances": nodes,
-        "requests": np.array(requests, np.float32),
-        "candidates": candidates,
-        "edges": edges,
-        "globals": np.array(shared, np.float32),
-        "history": np.array(view.arrivals.history(view.now_s), np.float32),
-        "instance_mask": np.ones(len(nodes), np.int8),
-        "mask": mask,
-        "kind": np.int64(schema.KINDS.index(kind)),
-    }
-    return Question(kind, {name: np.asarray(array)[None] for name, array in arrays.items()}, actions)
-
-
-def _blank(instances: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates and edges of nothing to choose; candidate 1 + i stands for instance i."""
-    size = schema.most_candidates(instances, rows)
-    candidates = np.zeros((size, 3), np.int32)
-    candidates[1 : instances + 1, 1] = np.arange(instances)
-    candidates[:, 2] = -1
-    return candidates, np.zeros((size, len(schema.EDGE)), np.float32)
-
-
-def _request(view: ClusterView, request: RequestView, node: np.ndarray | None = None) -> list[float]:
-    """A row of `requests`, [REQUEST]; `node` is the instance where it fares, None for one that arrives."""
-    row = [
-        request.prompt_tokens,
-        request.predicted_tokens,
-        request.priority,
-        request.slo_ttft_s,
-        request.slo_tpot_s,
-        request.weight,
-        view.now_s - request.arrived_s,
-        request.turn,
-    ]
-    if node is None:
-        return [*row, 0.0, request.predicted_tokens, *_NOWHERE]
-    i = request.instance
-    queue_s = view.instances[i].prefill_tokens / view.fleet.prefill_speed[i]
-    progress = (request.streamed_tokens, request.left_tokens, request.kv_tokens, request.running)
-    return [*row, *progress, request.preemptions, node[_KV_USAGE], node[_DECODE_STEP], queue_s]
-
-
-_NOTHING = [0.0] * len(schema.REQUEST)
-_NOWHERE = [0.0] * (len(schema.REQUEST) - _REQUEST["kv_tokens"])
 
 
 # --- dispatch ---------------------------------------------------------------------------------------------
@@ -227,34 +60,34 @@ def ask_dispatch(view: ClusterView, request: RequestView, rows: int = 1) -> Ques
     Returns:
         a question whose only action is `Stay` where no instance takes the request.
     """
-    nodes, books = _nodes(view)
+    nodes, books = observe_instances(view)
     fleet, count = view.fleet, len(nodes)
     hits = [x.cached_tokens(request, request.prompt_tokens - 1) for x in view.instances]
     n, context = np.empty((2, count), np.int64), np.empty((2, count), np.int64)
     n[0], n[1] = books.inflight, books.inflight + 1
     context[0], context[1] = books.context, books.context + request.prompt_tokens
     steps = fleet.step_s(np.minimum(n, fleet.max_seqs), np.minimum(context, fleet.capacity))
-    nodes[:, _DECODE_STEP] = steps[0]
-    candidates, edges = _blank(count, rows)
+    nodes[:, DECODE_STEP] = steps[0]
+    candidates, edges = blank(count, rows)
     edge = edges[1 : count + 1]
-    edge[:, _EDGE["prefix_hit_tokens"]] = hits
-    edge[:, _EDGE["queue_s"]] = nodes[:, _NODE["inflight_prefill_tokens"]] / fleet.prefill_speed
-    edge[:, _EDGE["prefill_s"]] = _prefills(view, request, hits)
-    edge[:, _EDGE["step_after_s"]] = steps[1]
+    edge[:, EDGE["prefix_hit_tokens"]] = hits
+    edge[:, EDGE["queue_s"]] = nodes[:, NODE["inflight_prefill_tokens"]] / fleet.prefill_speed
+    edge[:, EDGE["prefill_s"]] = _prefills(view, request, hits)
+    edge[:, EDGE["step_after_s"]] = steps[1]
     total = books.context + books.to_come + (request.prompt_tokens + request.predicted_tokens)
-    edge[:, _EDGE["kv_after"]] = total / fleet.capacity
+    edge[:, EDGE["kv_after"]] = total / fleet.capacity
     if 0 <= request.last_instance < count:
-        edge[request.last_instance, _EDGE["session_last"]] = 1.0
+        edge[request.last_instance, EDGE["session_last"]] = 1.0
     legal = _takers(view, request, books.available)
     actions: dict[int, Action] = {0: STAY}
     if len(legal):
         default = 1 + legal[books.inflight[legal].argmin()]
         candidates[0], edges[0] = candidates[default], edges[default]
         actions = {0: Dispatch(int(default) - 1), **{1 + i: Dispatch(i) for i in legal.tolist()}}
-    edges[0, _EDGE["is_default"]] = 1.0
-    requests = [_request(view, request), *[_NOTHING] * (rows - 1)]
+    edges[0, EDGE["is_default"]] = 1.0
+    requests = [request_row(view, request), *[NOTHING] * (rows - 1)]
     gap_s = view.arrivals.gap_s
-    return _question(view, "dispatch", nodes, requests, candidates, edges, actions, gap_s)
+    return make_question(view, "dispatch", nodes, requests, candidates, edges, actions, gap_s)
 
 
 def _prefills(view: ClusterView, request: RequestView, hits: list[int]) -> list[float]:
@@ -286,18 +119,18 @@ class _Draft:
 
     def __init__(self, view: ClusterView, kind: str) -> None:
         self.view, self.kind = view, kind
-        self.nodes, self.books = _nodes(view)
+        self.nodes, self.books = observe_instances(view)
         fleet = view.fleet
         running = np.minimum(self.books.inflight, fleet.max_seqs)
         steps = fleet.step_s(running, np.minimum(self.books.context, fleet.capacity))
-        self.nodes[:, _DECODE_STEP] = steps
-        self.candidates, self.edges = _blank(len(self.nodes), schema.OFFERS)
+        self.nodes[:, DECODE_STEP] = steps
+        self.candidates, self.edges = blank(len(self.nodes), schema.OFFERS)
         self.requests: list[list[float]] = []
         self.actions: dict[int, Action] = {0: STAY}
 
     def about(self, request: RequestView) -> int:
         """Add a request; returns its row."""
-        self.requests.append(_request(self.view, request, self.nodes[request.instance]))
+        self.requests.append(request_row(self.view, request, self.nodes[request.instance]))
         return len(self.requests) - 1
 
     def offer(self, c: int, action: Action, row: int, instance: int, source: int = -1, **edge: float) -> None:
@@ -305,18 +138,18 @@ class _Draft:
         self.actions[c] = action
         self.candidates[c] = row, instance, source
         for name, value in edge.items():
-            self.edges[c, _EDGE[name]] = value
+            self.edges[c, EDGE[name]] = value
 
     def done(self, default: int = 0) -> Question:
         """The question; candidate 0 stands for what candidate `default` does."""
         if default in self.actions:
             self.candidates[0], self.edges[0] = self.candidates[default], self.edges[default]
             self.actions[0] = self.actions[default]
-        self.edges[0, _EDGE["is_default"]] = 1.0
-        self.requests += [_NOTHING] * (schema.OFFERS - len(self.requests))
+        self.edges[0, EDGE["is_default"]] = 1.0
+        self.requests += [NOTHING] * (schema.OFFERS - len(self.requests))
         view = self.view
         since_s = view.now_s - view.arrivals.last_s
-        return _question(
+        return make_question(
             view, self.kind, self.nodes, self.requests, self.candidates, self.edges, self.actions, since_s
         )
 
