@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster import prefix, schema
+from servegym.envs.cluster.address import by_address
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance
 from servegym.envs.cluster.memory import fits
@@ -47,6 +48,7 @@ INSTANCES, ARRIVAL_RATE, ARRIVAL_TOKENS, SINCE_LAST, ALL_INFLIGHT = range(len(sc
 SECOND = 1.0 / PS
 
 
+@by_address
 class Frame(NamedTuple):
     """Observations of L lanes: the arrays of `schema` with a leading lane dimension.
 
