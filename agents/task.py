@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from servegym.envs.cluster.decisions import DECISIONS, ENVIRONMENTS
-from servegym.envs.cluster.rules import RULES
+from servegym.envs.cluster.rule_names import RULES
 from servegym.envs.scenario import Scenario, read_scenario
 from servegym.errors import InputError
 

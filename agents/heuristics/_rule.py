@@ -1,4 +1,4 @@
-"""What the rules share: features by name, the masked choice, the model's own rules, parameter checks."""
+"""What the rules share: features by name, the masked choice, parameter checks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from servegym.agents.policy import Observation
-from servegym.envs.cluster import rules, schema
-from servegym.envs.cluster.observe import Frame
+from servegym.envs.cluster import schema
 from servegym.errors import InputError
 
 _INSTANCE = {feature.name: index for index, feature in enumerate(schema.INSTANCE)}
@@ -161,46 +160,9 @@ class Rule:
             raise InputError(self.name, "lanes", len(obs["mask"]), f"reset prepared for {self._lanes}")
 
 
-class BuiltIn(Rule):
-    """A rule of `servegym.envs.cluster.rules` as a policy.
-
-    Attributes:
-        rule: its name there.
-    """
-
-    rule: str
-
-    def params(self) -> Sequence[float]:
-        """The rule's numbers in the model's order."""
-        return ()
-
-    def row(self) -> np.ndarray:
-        """The same as `rules.answer` takes them, float64 [PARAMS]."""
-        row = np.zeros(rules.PARAMS)
-        row[: len(self.params())] = self.params()
-        return row
-
-    def act(self, obs: Observation) -> np.ndarray:
-        """As `Rule.act`."""
-        self._check_lanes(obs)
-        answers = np.empty(len(obs["mask"]), np.int64)
-        (kind,) = self.kinds
-        index = rules.RULES[kind].index(self.rule)
-        rules.answer_lanes(frame_of(obs), schema.KINDS.index(kind), index, self.row(), answers)
-        return answers
-
-
-_TYPES = {"candidates": np.int32, "instance_mask": np.int8, "mask": np.int8, "kind": np.int64}
-
-
-def frame_of(obs: Observation) -> Frame:
-    """The observation as the model's kernels read it; without copies where it comes from an environment."""
-    arrays = {
-        name: np.require(obs[name], _TYPES.get(name, np.float32), ["C", "W"])
-        for name in Frame._fields
-        if name != "oracle"
-    }
-    return Frame(**arrays, oracle=np.zeros((len(obs["mask"]), 0)))
+def load(free: np.ndarray, requests: np.ndarray) -> np.ndarray:
+    """Llumnix's load, the negated freeness: tokens for each request; an idle instance has minus infinity."""
+    return np.where(requests > 0.0, -free / np.maximum(requests, 1.0), -np.inf)
 
 
 def choice(rule: str, field: str, value: object, options: Sequence[str]) -> str:

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from servegym.agents.heuristics._rule import BuiltIn, choice, number
-from servegym.envs.cluster.rules import MODES
+import numpy as np
+
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import View, choice, load, number
+from servegym.envs.cluster.rule_names import MODES
 
 
 class DispatchLlumnix(BuiltIn):
@@ -48,3 +51,16 @@ class DispatchLlumnix(BuiltIn):
     def params(self) -> tuple[float, ...]:
         """As the model takes them."""
         return (MODES.index(self.mode), self.watermark, self.urgent_load)
+
+    def cost(self, view: View) -> np.ndarray:
+        """Load, [B, I]."""
+        capacity, context = view.instance("kv_capacity_tokens"), view.instance("inflight_context_tokens")
+        inflight = view.instance("inflight")
+        spare = np.maximum(0.0, capacity - self.urgent_load)
+        reserve = np.where(view.instance("urgent_inflight") > 0.0, spare, 0.0)
+        if self.mode == "artifact":
+            return load((1.0 - self.watermark) * capacity - context - reserve, inflight)
+        running = np.minimum(view.instance("running"), inflight)
+        held = np.minimum(view.instance("kv_usage") * capacity, context)
+        head = (context - held) / np.maximum(inflight - running, 1.0)
+        return load(capacity - held - head - reserve, running)

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from servegym.agents.heuristics._rule import BuiltIn, number
+import numpy as np
+
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import View, load, number
 
 
 class INFaaS(BuiltIn):
@@ -31,3 +34,8 @@ class INFaaS(BuiltIn):
     def params(self) -> tuple[float, ...]:
         """As the model takes them."""
         return (self.watermark,)
+
+    def cost(self, view: View) -> np.ndarray:
+        """Load by what instances report of themselves, [B, I]."""
+        free = (1.0 - self.watermark - view.instance("kv_usage")) * view.instance("kv_capacity_tokens")
+        return load(free, view.instance("running"))

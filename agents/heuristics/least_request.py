@@ -8,7 +8,10 @@ Envoy; load balance method `total_requests` of SGLang's data-parallel controller
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+import numpy as np
+
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import View
 
 
 class LeastRequest(BuiltIn):
@@ -16,3 +19,7 @@ class LeastRequest(BuiltIn):
 
     name = "least_request"
     rule = "least_request"
+
+    def cost(self, view: View) -> np.ndarray:
+        """Requests in flight, [B, I]."""
+        return view.instance("inflight")

@@ -7,7 +7,10 @@ SGLang, `python/sglang/srt/managers/data_parallel_controller.py`, load balance m
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+import numpy as np
+
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import View
 
 
 class LeastTokens(BuiltIn):
@@ -15,3 +18,7 @@ class LeastTokens(BuiltIn):
 
     name = "least_tokens"
     rule = "least_tokens"
+
+    def cost(self, view: View) -> np.ndarray:
+        """Tokens in flight, [B, I]."""
+        return view.instance("inflight_context_tokens")

@@ -10,7 +10,10 @@ fixed batch: at the speed of the present batch, an instance would look faster th
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+import numpy as np
+
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import View
 
 
 class LeastWorkPredicted(BuiltIn):
@@ -18,3 +21,9 @@ class LeastWorkPredicted(BuiltIn):
 
     name = "least_work_predicted"
     rule = "least_work"
+
+    def cost(self, view: View) -> np.ndarray:
+        """Seconds of work, [B, I]."""
+        speed = np.maximum(view.instance("decode_tokens_per_s"), 1.0)  # 0 where the row is padding
+        own = view.edge("prefill_s") + view.request("predicted_output_tokens") / speed
+        return view.edge("queue_s") + view.instance("inflight_predicted_tokens") / speed + own

@@ -9,7 +9,10 @@ part of this one; 1 is added to the batch size so that idle instances still diff
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+import numpy as np
+
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import View
 
 
 class LMetric(BuiltIn):
@@ -17,3 +20,8 @@ class LMetric(BuiltIn):
 
     name = "lmetric"
     rule = "lmetric"
+
+    def cost(self, view: View) -> np.ndarray:
+        """Product of prefill tokens and batch size with the request there, [B, I]."""
+        new = view.request("prompt_tokens") - view.edge("prefix_hit_tokens")
+        return (view.instance("inflight_prefill_tokens") + new) * (view.instance("inflight") + 1.0)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from servegym.agents.heuristics._rule import BuiltIn, number
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import number
 
 
 class MigrateINFaaS(BuiltIn):

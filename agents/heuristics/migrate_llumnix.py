@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from servegym.agents.heuristics._rule import BuiltIn, choice, number
-from servegym.envs.cluster.rules import MODES
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import choice, number
+from servegym.envs.cluster.rule_names import MODES
 
 
 class MigrateLlumnix(BuiltIn):

@@ -9,7 +9,10 @@ terms know the speed of the instance, so the rule suits mixed fleets.
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+import numpy as np
+
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import View
 
 
 class Mooncake(BuiltIn):
@@ -17,3 +20,7 @@ class Mooncake(BuiltIn):
 
     name = "mooncake"
     rule = "mooncake"
+
+    def cost(self, view: View) -> np.ndarray:
+        """Seconds of prefill until the first token, [B, I]."""
+        return view.edge("queue_s") + view.edge("prefill_s")

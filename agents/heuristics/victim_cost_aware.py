@@ -10,7 +10,7 @@ of one size on an instance, so tokens stand for them.
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+from servegym.agents.heuristics._builtin import BuiltIn
 
 
 class VictimCostAware(BuiltIn):

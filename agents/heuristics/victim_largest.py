@@ -8,7 +8,7 @@ SIGCOMM 1996).
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+from servegym.agents.heuristics._builtin import BuiltIn
 
 
 class VictimLargest(BuiltIn):

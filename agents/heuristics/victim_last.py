@@ -8,7 +8,7 @@ list. The engine recomputes it; here it is swapped where that is possible and ch
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+from servegym.agents.heuristics._builtin import BuiltIn
 
 
 class VictimLast(BuiltIn):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from servegym.agents.heuristics._rule import BuiltIn, choice
+from servegym.agents.heuristics._builtin import BuiltIn
+from servegym.agents.heuristics._rule import choice
 
 _VICTIMS = ("most", "least")
 

@@ -7,7 +7,7 @@ vLLM v1, `vllm/v1/core/sched/scheduler.py`, queue policy `priority`.
 
 from __future__ import annotations
 
-from servegym.agents.heuristics._rule import BuiltIn
+from servegym.agents.heuristics._builtin import BuiltIn
 
 
 class VictimLowestPriority(BuiltIn):

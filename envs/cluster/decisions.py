@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from servegym.envs.cluster.rules import RULES
+from servegym.envs.cluster.rule_names import RULES
 from servegym.envs.cluster.schema import OFFERS
 from servegym.envs.cluster.spec import ClusterSpec
 from servegym.errors import InputError

@@ -172,9 +172,12 @@ def _random(kind: str, limits: Limits, rng: np.random.Generator) -> Shape:
 
 
 def _contexts(n: int, limits: Limits, rng: np.random.Generator) -> tuple[int, ...]:
-    """Unequal contexts as traffic has them: spread evenly around a mean, between nothing and twice it."""
+    """Unequal contexts as traffic has them: spread evenly around a mean, between nothing and twice it.
+
+    A decode has a prompt and a token at least: it reads two or more.
+    """
     mean = _draw(LEAST_CONTEXT, limits.max_context, rng)
-    spread = rng.uniform(0, min(mean - 1, limits.max_context - mean))
+    spread = rng.uniform(0, min(mean - 2, limits.max_context - mean))
     return tuple(int(x) for x in np.rint(rng.uniform(mean - spread, mean + spread, n)))
 
 

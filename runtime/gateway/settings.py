@@ -91,13 +91,13 @@ class Settings:
         Raises:
             InputError: naming the flag.
         """
-        hint = "must be greater than 0"
         for field in fields(Settings):
             value = getattr(self, field.name)
             zero_is_fine = field.name in ("watch_per_s", "shed_waiting", "retries", "drain_s")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and not (value >= 0 if zero_is_fine else value > 0):
-                raise InputError("gateway", field.name, value, "must not be negative" if zero_is_fine else hint)
+                hint = "must not be negative" if zero_is_fine else "must be greater than 0"
+                raise InputError("gateway", field.name, value, hint)
         for name in ("port", "picker_port", "metrics_port"):
             if getattr(self, name) > 65535:
                 raise InputError("gateway", name, getattr(self, name), "ports end at 65535")

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -170,6 +171,7 @@ def launch(
     """
     each = [settings] * count if isinstance(settings, EngineSettings) else list(settings)
     with ExitStack() as stack:
+        stack.enter_context(_termination_unwinds())
         where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines = []
         for one, port in zip(each, free_ports(len(each)), strict=True):
@@ -179,6 +181,20 @@ def launch(
         for engine in engines:
             engine.wait()
         yield engines
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """SIGTERM leaves by way of `finally`, unless somebody else sees to it: servers would outlive us."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def free_ports(count: int) -> list[int]:

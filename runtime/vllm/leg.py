@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
 
 PATH = "/v1/completions"
+WINDOW = 8  # tokens whose end tells whether a character is complete
 # Asks a server that runs the NIXL connector to keep the KV of this request for another one.
 KEEP_KV = {
     "do_remote_decode": True,
@@ -100,7 +101,7 @@ async def open_leg(
     Raises:
         EngineLostError, EngineRefusedError: it does not.
     """
-    return Leg(await _post(session, url, body, headers))
+    return Leg(await _post(session, url + PATH, body, headers))
 
 
 async def keep_kv(
@@ -115,7 +116,7 @@ async def keep_kv(
         EngineLostError, EngineRefusedError: it does not.
     """
     body = {**body, "max_tokens": 1, "min_tokens": 0, "stream": False, "kv_transfer_params": KEEP_KV}
-    response = await _post(session, url, body, headers)
+    response = await _post(session, url + PATH, body, headers)
     try:
         params = (await response.json())["kv_transfer_params"]
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
@@ -125,11 +126,31 @@ async def keep_kv(
     return params
 
 
+async def count_partial(
+    session: aiohttp.ClientSession, url: str, tokens: Sequence[int], most: int, headers: Mapping[str, str]
+) -> int:
+    """How many of the last `most` tokens do not end a character, so that vLLM has not told their text yet.
+
+    Raises:
+        EngineLostError, EngineRefusedError: the engine does not say.
+    """
+    for count in range(most + 1):
+        tail = list(tokens[max(0, len(tokens) - most - WINDOW) : len(tokens) - count])
+        response = await _post(session, url + "/detokenize", {"tokens": tail}, headers)
+        try:
+            text = (await response.json())["prompt"]
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            raise EngineLostError(f"cannot detokenize: {error!r}") from error
+        if not str(text).endswith("\ufffd"):
+            return count
+    return most
+
+
 async def _post(
     session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
 ) -> aiohttp.ClientResponse:
     try:
-        response = await session.post(url + PATH, json=body, headers=headers)
+        response = await session.post(url, json=body, headers=headers)
         if response.status == 200:
             return response
         async with response:

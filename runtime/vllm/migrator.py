@@ -11,22 +11,22 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from servegym.errors import InputError
 from servegym.runtime.decider import Decider
+from servegym.runtime.gateway.readings import Reading, parse_metrics
 from servegym.runtime.questions import Dispatch, Move, Pair, ask_dispatch, ask_migrate, ask_move
 from servegym.runtime.view import ClusterView, InstanceView, RequestView
 from servegym.runtime.vllm.completion import Completion
 from servegym.runtime.vllm.leg import EngineLostError
 from servegym.runtime.vllm.lengths import OutputLengths
 from servegym.runtime.vllm.relay import Relay
-from servegym.runtime.vllm.scrape import Reading, read_metrics
+from servegym.runtime.vllm.tally import Tally
 
 log = logging.getLogger("servegym.migrator")
 _LEVELS = ("slo_ttft_s", "slo_tpot_s", "weight")
@@ -42,6 +42,7 @@ class Limits:
         stale_s: age of the last look beyond which decisions are left to the fallback.
         stall_s: without a byte from an engine, after which it counts as hung.
         rest_s: for which a failed engine gets nothing new, at least.
+        patience_s: for which an answer that has begun waits for an engine, where none is left.
     """
 
     period_s: float = 0.5
@@ -49,20 +50,7 @@ class Limits:
     stale_s: float = 2.0
     stall_s: float = 60.0
     rest_s: float = 5.0
-
-
-@dataclass
-class Tally:
-    """Counts of events, and seconds of those that take time."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-
-    def note(self, event: str, seconds: float | None = None) -> None:
-        """Count it."""
-        self.counts[event] = self.counts.get(event, 0) + 1
-        if seconds is not None:
-            self.seconds.setdefault(event, []).append(seconds)
+    patience_s: float = 10.0
 
 
 class Migrator:
@@ -72,7 +60,7 @@ class Migrator:
         urls: of the servers, as the instances of `view`.
         view: the cluster.
         relays: requests in flight by key.
-        tally: dispatched, recovered, lost, ordered, migrated (seconds until the next token), handed_off, ...
+        tally: what happened so far.
     """
 
     def __init__(
@@ -88,13 +76,15 @@ class Migrator:
     ) -> None:
         self.urls, self.session, self.handoff = list(urls), session, handoff
         self.view = ClusterView(list(instances), longest_output=longest_output)
-        self.decider, self.limits, self.tally = decider, limits or Limits(), Tally()
-        self.relays: dict[int, Relay] = {}
+        self.decider, self.limits = decider, limits or Limits()
+        self.patience_s = self.limits.patience_s
+        self.tally = Tally(self)
+        self.relays: dict[Hashable, Relay] = {}
         self._lengths, self._keys = OutputLengths(), itertools.count()
         self._start = time.monotonic()
         self._preemptions: list[float | None] = [None] * len(self.urls)
         self._rests_until = [0.0] * len(self.urls)
-        self._sessions: dict[str, tuple[int, int]] = {}
+        self._moving: dict[Hashable, tuple[int, int]] = {}  # request -> source and target
 
     # --- requests -----------------------------------------------------------------------------------------
 
@@ -120,7 +110,7 @@ class Migrator:
         """As `Desk.place`."""
         self.view.finished(relay.request)
         self.view.now_s = self._now()
-        question = ask_dispatch(self.view, relay.request)
+        question = ask_dispatch(self.view, relay.request, self.decider.rows)
         action = self.decider.decide(question, stale=self._is_stale())
         target = action.instance if isinstance(action, Dispatch) else -1
         usable = [i for i, one in enumerate(self.view.instances) if one.available and i not in without]
@@ -129,7 +119,7 @@ class Migrator:
                 return False
             target = min(usable, key=lambda i: len(self.view.instances[i].inflight))
         self.view.dispatched(relay.request, target)
-        self.tally.note("dispatched")
+        self.tally.counts["dispatched"] += 1
         return True
 
     def streamed(self, relay: Relay, tokens: int) -> None:
@@ -145,9 +135,17 @@ class Migrator:
         """As `Desk.moved`."""
         self.view.moved(relay.request, target)
 
+    def settled(self, relay: Relay, seconds: float | None) -> None:
+        """As `Desk.settled`."""
+        for i in self._moving.pop(relay.request.key, ()):
+            self.view.instances[i].engaged = False
+        if seconds is not None:
+            self.tally.migrated(seconds)
+
     def finish(self, relay: Relay) -> None:
         """The request has ended, well or not."""
         del self.relays[relay.request.key]
+        self.settled(relay, None)
         self.view.finished(relay.request)
         if relay.splice.finished:
             self._lengths.add(len(relay.splice.tokens))
@@ -155,13 +153,13 @@ class Migrator:
     def lost(self, instance: int, error: EngineLostError) -> None:
         """As `Desk.lost`."""
         log.warning("engine %s failed: %s", self.urls[instance], error)
-        self.tally.note("lost")
+        self.note("lost")
         self.view.instances[instance].available = False
         self._rests_until[instance] = self._now() + self.limits.rest_s
 
-    def note(self, event: str, seconds: float | None = None) -> None:
+    def note(self, event: str) -> None:
         """As `Desk.note`."""
-        self.tally.note(event, seconds)
+        self.tally.counts[event] += 1
 
     # --- migration ----------------------------------------------------------------------------------------
 
@@ -171,24 +169,28 @@ class Migrator:
         view.now_s = self._now()
         for instance in view.instances:
             instance.infer_engine()
-        ordered = 0
-        for _ in view.instances:
-            question = ask_migrate(view)
-            pair = self.decider.decide(question, stale=self._is_stale()) if question else None
+        for relay in self.relays.values():
+            if relay.completion.pinned:
+                relay.request.decoding = False  # so that nobody offers it
+        ordered, paired = 0, set[int]()
+        while (question := ask_migrate(view, paired)).is_open:
+            pair = self.decider.decide(question, stale=self._is_stale())
             if not isinstance(pair, Pair):
                 break
+            paired |= {pair.source, pair.target}
             move = self.decider.decide(ask_move(view, pair.source, pair.target))
-            if not isinstance(move, Move):
-                break
-            ordered += self._order(move)
+            ordered += isinstance(move, Move) and self._order(move)
         return ordered
 
     def _order(self, move: Move) -> bool:
         relay = self.relays.get(move.key)
         if relay is None or not relay.move(move.target):
-            self.tally.note("immovable")
+            self.note("immovable")
             return False
-        self.tally.note("ordered")
+        self.note("ordered")
+        self._moving[move.key] = move.source, move.target
+        for i in (move.source, move.target):
+            self.view.instances[i].engaged = True
         return True
 
     # --- scraping -----------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ class Migrator:
 
     async def _watch(self, i: int) -> None:
         while True:
-            with suppress(EngineLostError, InputError):
+            with suppress(EngineLostError):
                 self.take(i, await scrape(self.session, self.urls[i]))
             if self._now() - self.view.instances[i].scraped_at_s > self.limits.stale_s:
                 self.view.instances[i].available = False
@@ -237,13 +239,12 @@ async def scrape(session: aiohttp.ClientSession, url: str, timeout_s: float = 2.
     """A server's numbers.
 
     Raises:
-        EngineLostError: it does not answer.
-        InputError: it is no vLLM server.
+        EngineLostError: it does not answer as vLLM does.
     """
     try:
         async with session.get(f"{url}/metrics", timeout=aiohttp.ClientTimeout(timeout_s)) as response:
-            return read_metrics(url, await response.text())
-    except (aiohttp.ClientError, OSError, TimeoutError, UnicodeDecodeError) as error:
+            return parse_metrics(await response.text())
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise EngineLostError(repr(error)) from error
 
 

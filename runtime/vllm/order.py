@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
-from vllm.v1.core.sched.request_queue import RequestQueue
-from vllm.v1.request import Request
+Request: TypeAlias = Any  # vLLM's, which this module does without
 
 
-class ShortestFirst(RequestQueue):
-    """Waiting requests by (priority, predicted tokens left, arrival).
+class ShortestFirst:
+    """Waiting requests by (priority, predicted tokens left, arrival); a `RequestQueue` of vLLM's.
 
     Args:
         left: predicted output tokens that a request has still to come.

@@ -218,7 +218,7 @@ async def _health(http: web.Request) -> web.Response:
 
 
 async def _metrics(http: web.Request) -> web.Response:
-    return web.Response(text=http.app[_MIGRATOR].metrics(), content_type="text/plain")
+    return web.Response(text=http.app[_MIGRATOR].tally.text(), content_type="text/plain")
 
 
 def _forwarded(http: web.Request) -> dict[str, str]:

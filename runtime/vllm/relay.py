@@ -12,22 +12,40 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any, Protocol
 
 import aiohttp
 
 from servegym.runtime.view import RequestView
 from servegym.runtime.vllm.completion import Completion
-from servegym.runtime.vllm.leg import EngineLostError, EngineRefusedError, Leg, keep_kv, open_leg
+from servegym.runtime.vllm.leg import (
+    EngineLostError,
+    EngineRefusedError,
+    Leg,
+    count_partial,
+    keep_kv,
+    open_leg,
+)
 from servegym.runtime.vllm.splice import Piece, Splice
+
+POLL_S = 0.05
 
 
 class Desk(Protocol):
-    """Who decides where requests go, and keeps the books."""
+    """Who decides where requests go, and keeps the books.
+
+    Attributes:
+        session: to talk to engines with.
+        urls: of the engines, by instance.
+        handoff: whether KV is read from the engine that is left.
+        patience_s: for which an answer that has begun waits for an engine.
+    """
 
     session: aiohttp.ClientSession
     urls: list[str]
     handoff: bool
+    patience_s: float
 
     def place(self, relay: Relay, without: set[int]) -> bool:
         """Send the request to an engine that is not in `without`; False where there is none."""
@@ -45,8 +63,12 @@ class Desk(Protocol):
         """An engine failed."""
         ...
 
-    def note(self, event: str, seconds: float | None = None) -> None:
-        """Count an event, and how long it took."""
+    def settled(self, relay: Relay, seconds: float | None) -> None:
+        """The first token behind a move came so long after its order; None: the move was given up."""
+        ...
+
+    def note(self, event: str) -> None:
+        """Count an event."""
         ...
 
 
@@ -67,12 +89,15 @@ class Relay:
         self._failed: set[int] = set()  # engines that failed since the last token
         self._target: int | None = None
         self._reading: asyncio.Future[list[dict[str, Any]] | None] | None = None
-        self._ordered_at = 0.0
+        self._ordered_at = self._waits_until = 0.0
 
     def move(self, target: int) -> bool:
-        """Have the request go on at another engine as soon as possible; False where it cannot."""
-        here = self.request.instance
-        if self.completion.pinned or self._target is not None or target == here or self.splice.finished:
+        """Have the request go on at another engine as soon as possible; False where it cannot.
+
+        It cannot before its first token behind an earlier move, or it might move for ever.
+        """
+        moves = self._ordered_at > 0
+        if self.completion.pinned or moves or target == self.request.instance or self.splice.finished:
             return False
         self._target, self._ordered_at = target, time.perf_counter()
         if self._reading is not None:
@@ -96,17 +121,29 @@ class Relay:
                 finally:
                     leg.close()
             except (EngineLostError, EngineRefusedError) as error:
-                self._replace(error)
+                await self._replace(error)
             if self.splice.is_exhausted() and not self.splice.finished:
                 yield self.splice.exhaust()
             params = await self._switch() if not self.splice.finished else None
 
     async def _open(self, params: dict[str, Any] | None) -> Leg:
+        await self._settle()
         self.splice.begin_leg()
         body = self._body()
         if params is not None:
             body["kv_transfer_params"] = params
         return await open_leg(self._desk.session, self._url(), body, self.completion.headers)
+
+    async def _settle(self) -> None:
+        """Take back tokens whose text the last engine did not tell any more."""
+        splice, desk = self.splice, self._desk
+        if not splice.doubtful:
+            return
+        with suppress(EngineRefusedError):  # a server without /detokenize: at worst a character is lost
+            count = await count_partial(
+                desk.session, self._url(), splice.tokens, splice.doubtful, self.completion.headers
+            )
+            splice.take_back(count)
 
     async def _read(self, leg: Leg) -> AsyncIterator[Piece]:
         """The pieces of one leg, until the answer ends or the request is to move."""
@@ -143,9 +180,10 @@ class Relay:
             raise EngineLostError(f"malformed chunk: {error}") from error
         if piece is not None and piece.token_ids:
             self._failed.clear()
+            self._waits_until = 0.0
             self._desk.streamed(self, len(piece.token_ids))
             if self._ordered_at and self._target is None:
-                self._desk.note("migrated", time.perf_counter() - self._ordered_at)
+                self._desk.settled(self, time.perf_counter() - self._ordered_at)
                 self._ordered_at = 0.0
         return piece
 
@@ -157,6 +195,7 @@ class Relay:
         if self._desk.handoff and self.splice.tokens:
             session = self._desk.session
             try:
+                await self._settle()
                 params = await keep_kv(session, self._url(), self._body(), self.completion.headers)
                 self._desk.note("handed_off")
             except (EngineLostError, EngineRefusedError):
@@ -165,16 +204,24 @@ class Relay:
         self._target = None
         return params
 
-    def _replace(self, error: EngineLostError | EngineRefusedError) -> None:
-        """Go on at another engine than the one that failed; raise the error where none is left."""
+    async def _replace(self, error: EngineLostError | EngineRefusedError) -> None:
+        """Go on at another engine than the one that failed.
+
+        Where none is left, an answer that has begun waits for one to come back; others raise the error.
+        """
         if isinstance(error, EngineRefusedError) and not error.is_busy:
             raise error
         self._failed.add(self.request.instance)
         if isinstance(error, EngineLostError):
             self._desk.lost(self.request.instance, error)
         self._target, self._ordered_at = None, 0.0
-        if not self._desk.place(self, self._failed):
-            raise error
+        self._desk.settled(self, None)
+        while not self._desk.place(self, self._failed):
+            self._failed.clear()
+            self._waits_until = self._waits_until or time.monotonic() + self._desk.patience_s
+            if not self.splice.tokens or time.monotonic() > self._waits_until:
+                raise error
+            await asyncio.sleep(POLL_S)
         self._desk.note("recovered")
 
     def _url(self) -> str:

@@ -21,6 +21,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -28,7 +29,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 from servegym.errors import InputError
-from servegym.runtime.decider import Decider, load_policy
+from servegym.runtime.decider import Decider
 from servegym.runtime.fleet import InstanceSettings
 from servegym.runtime.questions import Preempt, ask_preempt
 from servegym.runtime.vllm.config import SchedulerConfig, read_config
@@ -60,9 +61,10 @@ class ServeGymScheduler(AsyncScheduler):
         if self.policy != SchedulingPolicy.PRIORITY:
             raise InputError("vLLM", "--scheduling-policy", self.policy.value, "give priority")
         self._engine = EngineView(self._settings(self._config), self.max_model_len)
-        self._decider = Decider(
-            load_policy(self._config.policy), fallback="default", budget_s=self._config.budget_us * 1e-6
-        )
+        self._decider = Decider(self._config.policy, budget_s=self._config.budget_us * 1e-6)
+        kinds = self._decider.policy.kinds
+        if "preempt" not in kinds:
+            raise InputError(self._config.policy, "kinds", kinds, "choose a policy that answers preempt")
         self.victims: deque[tuple[str, str]] = deque(maxlen=REMEMBERED)
         self.decision_s: deque[float] = deque(maxlen=REMEMBERED)
         self._counts = {"decisions": 0, "late": 0, "followed": 0, "preemptions": 0}
@@ -170,16 +172,11 @@ class ServeGymScheduler(AsyncScheduler):
 
     def numbers(self) -> dict[str, Any]:
         """Counts since the start, answers by reason, and microseconds of the latest decisions."""
-        times = sorted(self.decision_s)
-        at = (
-            {q: times[min(len(times) - 1, int(len(times) * q / 100))] * 1e6 for q in (50, 99)}
-            if times
-            else {}
-        )
+        p50, p99 = np.percentile(self.decision_s, [50, 99]) * 1e6 if self.decision_s else (None, None)
         return {
             **self._counts,
             "answers": dict(self._decider.counts),
-            "decision_us": {f"p{q}": round(value, 1) for q, value in at.items()},
+            "decision_us": {"p50": p50, "p99": p99},
         }
 
     def _write_report(self) -> None:

@@ -2,6 +2,8 @@
 
 A token whose bytes do not yet end a character comes without text. It is held back until the text is there:
 when the request moves meanwhile, the next engine generates it again, so that no byte is lost at the seam.
+Several tokens in one chunk leave open which of them their text covers; `doubtful` counts those, and who knows
+the tokenizer tells by `take_back` which are without.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Splice:
     Attributes:
         prompt: token ids of the prompt, once an engine told them.
         tokens: generated ones that will not be generated again.
+        doubtful: of these the last ones, whose text may still be to come.
         finished: whether the answer is complete.
     """
 
@@ -35,15 +38,22 @@ class Splice:
     ) -> None:
         self.prompt: list[int] | None = None
         self.tokens: list[int] = []
+        self.doubtful = 0
         self.finished = False
         self._stops, self._keeps_stop, self._max_tokens = stops, keeps_stop, max_tokens
         self._lag = max((len(stop) for stop in stops), default=1) - 1
         self._pending: list[int] = []
+        self._again = 0  # tokens that the client has and an engine generates once more
         self._text, self._shown = "", 0
 
     def begin_leg(self) -> None:
         """Another engine goes on behind `tokens`; what was held back is generated again."""
-        self._pending = []
+        self._pending, self.doubtful = [], 0
+
+    def take_back(self, count: int) -> None:
+        """Let the next engine generate the last tokens again; the client has them, but not their text."""
+        del self.tokens[len(self.tokens) - count :]
+        self._again, self.doubtful = self._again + count, 0
 
     def push(self, choice: Mapping[str, Any]) -> Piece | None:
         """Take a choice of an engine's chunk; returns what the client may see now.
@@ -62,6 +72,10 @@ class Splice:
         new, self._pending = self._pending, []
         self.tokens += new
         self._text += text
+        self.doubtful = len(ids) - 1
+        seen = min(self._again, len(new))
+        self._again -= seen
+        new = new[seen:]
         stop = self._find_stop(len(text))
         if stop is not None:
             return self._finish(new, "stop", stop)

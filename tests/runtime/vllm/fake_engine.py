@@ -34,8 +34,10 @@ def text_of(tokens: Sequence[int]) -> str:
     """The text of an answer: that of a partial token comes with the next one that is whole."""
     text, parts = "", list[str]()
     for token in tokens:
+        if token == EOS:
+            continue
         parts.append(str(token))
-        if not is_partial(token) and token != EOS:
+        if not is_partial(token):
             text, parts = f"{text} {'+'.join(parts)}", []
     return text
 
@@ -76,7 +78,7 @@ class FakeEngine:
     served: list[list[int]] = field(default_factory=list)
     bodies: list[dict] = field(default_factory=list)
     kept: dict[str, list[int]] = field(default_factory=dict)
-    open: set[web.Request] = field(default_factory=set)
+    open: dict[int, web.Request] = field(default_factory=dict)
     url: str = ""
     _runner: web.AppRunner | None = None
 
@@ -84,6 +86,7 @@ class FakeEngine:
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/detokenize", self._detokenize)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
         self._slots, self._random = asyncio.Semaphore(self.max_seqs), random.Random(self.seed)
@@ -96,7 +99,7 @@ class FakeEngine:
 
     async def die(self) -> None:
         """As under kill -9: connections break off, new ones are refused."""
-        for request in list(self.open):
+        for request in list(self.open.values()):
             if request.transport is not None:
                 request.transport.abort()
         if self._runner is not None:
@@ -112,7 +115,7 @@ class FakeEngine:
             return web.json_response({"error": {"message": "max_tokens", "code": 400}}, status=400)
         self.served.append(tokens)
         self.bodies.append(body)
-        self.open.add(http)
+        self.open[id(http)] = http
         try:
             if self.hangs:
                 await asyncio.sleep(3600)
@@ -121,7 +124,7 @@ class FakeEngine:
                     self._stream(http, body, tokens) if body["stream"] else self._whole(body, tokens)
                 )
         finally:
-            self.open.discard(http)
+            del self.open[id(http)]
 
     async def _stream(self, http: web.Request, body: dict, tokens: list[int]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -162,6 +165,11 @@ class FakeEngine:
         if self.refuses:
             return web.json_response({"error": {}}, status=self.refuses)
         return web.json_response({"object": "chat.completion", "said": body["messages"][-1]["content"]})
+
+    async def _detokenize(self, http: web.Request) -> web.Response:
+        tokens = (await http.json())["tokens"]
+        whole = not tokens or not is_partial(tokens[-1])
+        return web.json_response({"prompt": text_of(tokens) + ("" if whole else "\ufffd")})
 
     async def _models(self, http: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "fake"}]})

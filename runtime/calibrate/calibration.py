@@ -1,0 +1,228 @@
+"""A calibration: the runtime's iterations, copies and start on this machine, and the profile made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from statistics import median
+
+import numpy as np
+
+from servegym.envs.cluster.settings import Setting
+from servegym.envs.cluster.state import NEVER
+from servegym.envs.costs.fitting import as_curve, as_surface
+from servegym.envs.costs.profile import Error, Link, Profile, Provenance
+from servegym.runtime.calibrate.bench import EngineBench
+from servegym.runtime.calibrate.fit import errors, fit, with_parts
+from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
+from servegym.runtime.calibrate.machine import Machine, host_bandwidth, memory_bandwidth
+from servegym.runtime.calibrate.measure import beside, measure, typical
+from servegym.runtime.calibrate.shapes import Axes, Design, Limits, design
+from servegym.runtime.calibrate.start import start_costs
+from servegym.runtime.engine.instance import Instance
+from servegym.runtime.engine.model import Transformer
+from servegym.runtime.engine.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
+
+MOST_COPIED = 8192  # tokens of the longest copy that is measured
+DOWNTIME_CONTEXTS = tuple(256 << k for k in range(6))  # 256 ... 8k, as in Llumnix, figure 10
+BANDWIDTH_AT = (64, 4096)  # batch and context at which decode attention is held to the memory bandwidth
+
+_NOTES = (
+    "fitted to medians of whole iterations: schedule, forward, sample, deliver",
+    "decode and mixed attention also hold what else grows with their batch",
+    "swap latency is that of a copy of swap_group blocks, shared among the 2 x layers calls of the model",
+    "start: weights from the page cache, first iteration and CUDA graphs; no engine process is started",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a calibration is done.
+
+    Attributes:
+        limits: what the engine can hold.
+        neighbours: instances that iterate at the same time, the measured one included.
+        rounds: times that every shape is measured.
+        size: random shapes of each kind that are fitted; half as many are held out.
+        swap_group: KV blocks that a copy to host memory carries.
+        seed: of shapes, order and token ids.
+    """
+
+    limits: Limits
+    neighbours: int = 1
+    rounds: int = 7
+    size: int = 40
+    swap_group: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and the profile that explains it.
+
+    Attributes:
+        seconds: of `design.fitted`, then `design.held_out`; float64 [shapes, rounds].
+        copies: way of copying -> what copies took.
+        figures: name with its unit -> number, for the report.
+    """
+
+    profile: Profile
+    design: Design
+    seconds: np.ndarray
+    copies: dict[str, Copies]
+    figures: dict[str, float]
+
+
+def calibrate(
+    model: Transformer,
+    machine: Machine,
+    options: Options,
+    *,
+    name: str,
+    command: str,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Measure everything that a profile holds.
+
+    Args:
+        model: weights on the device that is measured.
+        machine: what runs it, for the provenance.
+        options: how.
+        name: of the profile.
+        command: what the user typed, for the provenance.
+        progress: told what is measured next.
+
+    Raises:
+        InputError: a KV pool that does not fit the device.
+    """
+    limits = options.limits
+    shapes = design(limits, size=options.size, seed=options.seed)
+    instances = [Instance(model, _setting(options), k) for k in range(options.neighbours)]
+    progress("warm-up")
+    start = start_costs(model, instances)
+    benches = [EngineBench(instance, options.seed + k) for k, instance in enumerate(instances)]
+    every = (*shapes.fitted, *shapes.held_out)
+    with beside(benches[1:], every, options.seed):
+        overhead_s, launch_s = benches[0].overheads()
+        seconds = measure(benches[0], every, rounds=options.rounds, seed=options.seed, progress=progress)
+    progress("copies")
+    target = Instance(model, _setting(options)._replace(host_blocks=0), number=-1)
+    copies, links, link_errors = _copies(instances[0], target, options)
+    progress("bandwidth and migration")
+    figures = _figures(instances[0], target, options)
+    figures |= {"overhead, us": overhead_s * 1e6, "launch of a forward pass, us": launch_s * 1e6}
+    figures |= {f"{field.removesuffix('_s')}, s": value for field, value in vars(start).items() if value}
+    blank = _blank(model, machine, limits, name, shapes.axes)
+    fixed = replace(blank, overhead_us=round(overhead_s * 1e6, 2), start=start, **links)
+    count = len(shapes.fitted)
+    parts = fit(shapes.axes, shapes.fitted, typical(seconds)[:count] - overhead_s)
+    profile = with_parts(fixed, parts)
+    held_out = errors(profile, shapes.held_out, typical(seconds)[count:]) | link_errors
+    notes = (*_NOTES, f"{options.neighbours} instances iterating at the same time", command)
+    origin = replace(profile.provenance, held_out=held_out, notes=notes)
+    return Calibration(replace(profile, provenance=origin), shapes, seconds, copies, figures)
+
+
+def _setting(options: Options) -> Setting:
+    """The engine as it is measured: no prefix cache, room in host memory for the longest copy."""
+    limits = options.limits
+    return Setting(
+        blocks=limits.kv_blocks,
+        block_tokens=limits.block_tokens,
+        budget=limits.token_budget,
+        max_seqs=limits.max_seqs,
+        watermark=0,
+        by_priority=False,
+        reserve=True,
+        caching=False,
+        asynchronous=False,
+        host_blocks=_most_copied(limits),
+        by_swap=False,
+        swap_call=0,
+        swap_block=0,
+        swap_group=options.swap_group,
+        overlap=0,
+        net_call=0,
+        net_block=0,
+        drain=NEVER,
+    )
+
+
+def _blank(model: Transformer, machine: Machine, limits: Limits, name: str, axes: Axes) -> Profile:
+    """The profile before anything is fitted."""
+    nothing = as_curve(np.asarray(axes.tokens), np.zeros(len(axes.tokens)))
+    empty = as_surface(np.arange(2), np.arange(2), np.zeros((2, 2)))
+    now = datetime.now(UTC).date().isoformat()
+    return Profile(
+        name,
+        model.config.geometry(model.dtype.itemsize),
+        machine.device,
+        tensor_parallel=1,
+        kv_blocks=limits.kv_blocks,
+        block_tokens=limits.block_tokens,
+        token_budget=limits.token_budget,
+        max_seqs=limits.max_seqs,
+        linear=nothing,
+        head=nothing,
+        prefill_attention=empty,
+        decode_attention=empty,
+        provenance=Provenance(f"servegym calibrate on {machine.device.name}", machine.software, now),
+    )
+
+
+def _most_copied(limits: Limits) -> int:
+    """Blocks of the longest copy."""
+    return min(limits.kv_blocks, -(-MOST_COPIED // limits.block_tokens))
+
+
+def _copies(
+    instance: Instance, target: Instance, options: Options
+) -> tuple[dict[str, Copies], dict[str, Link], dict[str, Error]]:
+    """Swaps block by block and in groups, both ways, and copies to another instance."""
+    limits, config = options.limits, instance.model.config
+    block_bytes = config.geometry(instance.model.dtype.itemsize).kv_bytes_per_token * limits.block_tokens
+    most = _most_copied(limits)
+    sizes = sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
+
+    def taken(copy: Callable[[int], float], group: int) -> Copies:
+        return measure_copies(copy, sizes, block_bytes, group, options.rounds, options.seed)
+
+    found = {}
+    for group in sorted({1, options.swap_group}):
+        for k, way in enumerate(("out", "in")):
+            swap_one_way = partial(_swap, instance, group, k)
+            found[f"swap {way}, {group} a call"] = taken(swap_one_way, group)
+    found["to another instance"] = taken(partial(time_transfer, instance, target), most)
+    both = [found[f"swap {way}, {options.swap_group} a call"] for way in ("out", "in")]
+    mean = replace(both[0], seconds=np.mean([copies.seconds for copies in both], axis=0))
+    swap, swap_error = fit_link(mean, 2 * config.layers)
+    network, network_error = fit_link(found["to another instance"])
+    links, linked = {"swap": swap, "network": network}, {"swap": swap_error, "network": network_error}
+    return found, links, linked
+
+
+def _swap(instance: Instance, group: int, way: int, blocks: int) -> float:
+    """Seconds of a swap of so many blocks; way 0 is out, 1 is back in."""
+    return time_swap(instance, blocks, group)[way]
+
+
+def _figures(instance: Instance, target: Instance, options: Options) -> dict[str, float]:
+    """How near decode attention comes to the memory's bandwidth, and the downtime of migrations."""
+    batch, context = BANDWIDTH_AT
+    bandwidth = memory_bandwidth(instance.model.device.type)
+    reached = decode_bandwidth(instance.model, batch, context)
+    figures = {
+        "memory bandwidth, GB/s": bandwidth / 1e9,
+        f"decode attention at batch {batch}, context {context}, GB/s": reached / 1e9,
+        "share of the memory bandwidth, %": 100 * reached / bandwidth,
+    }
+    if instance.model.device.type == "cuda":
+        for pinned, kind in ((True, "pinned"), (False, "pageable")):
+            figures[f"one copy from {kind} host memory, GB/s"] = host_bandwidth(pinned) / 1e9
+    for tokens in DOWNTIME_CONTEXTS:
+        if tokens < options.limits.max_context:
+            taken = [migration_downtime(instance, target, tokens) for _ in range(options.rounds)]
+            figures[f"downtime of a migration at {tokens} tokens, ms"] = 1e3 * median(taken)
+    return figures

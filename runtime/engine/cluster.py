@@ -1,0 +1,333 @@
+"""A cluster in real time: several instances of one process play a workload under a policy.
+
+Every instance has a thread; the caller's thread is the router. Requests arrive by the wall clock, stream
+exactly the output that the workload says, and move and give way as the policy says.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from threading import Condition, RLock, Thread
+
+import numpy as np
+import torch
+
+from servegym.agents.policy import Policy
+from servegym.envs.cluster.episode import Episode
+from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
+from servegym.envs.cluster.state import NEVER
+from servegym.envs.costs.profile import profile_path
+from servegym.envs.records import Records
+from servegym.envs.scenario import Scenario
+from servegym.errors import InputError
+from servegym.runtime.engine.config import load_config
+from servegym.runtime.engine.copier import BlockCopier
+from servegym.runtime.engine.instance import Instance
+from servegym.runtime.engine.migration import Migration
+from servegym.runtime.engine.model import Transformer
+from servegym.runtime.engine.prompts import token_ids
+from servegym.runtime.engine.request import Request, make_request
+from servegym.runtime.engine.router import Router
+from servegym.runtime.view import InstanceSettings
+
+SWITCH_S = 0.0005
+
+
+class Event(IntEnum):
+    """What the router's thread waits for; at equal times in this order."""
+
+    SCRAPE, ARRIVAL, MIGRATE, BUDGET = range(4)
+
+
+class EnginePlayer:
+    """Plays policies on engines of this process; the counterpart of `servegym.agents.play.play`.
+
+    Args:
+        device, dtype: of all models.
+        models: path of a profile -> the model of the instances that name it. Others are made, with random
+            weights, from the config.json beside their profile, as `servegym calibrate` leaves it.
+        budget_s: most seconds that a decision may take before the fallback answers.
+
+    Attributes:
+        counts: decisions of the last play by `answered` and the reasons for a fallback.
+        downtimes: of the last play's migrations, (blocks, seconds from the stop at the source until the KV is
+            at the target).
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        dtype: str = "float32",
+        models: Mapping[str, Transformer] | None = None,
+        budget_s: float = 1.0,
+    ) -> None:
+        self.device, self.dtype, self.budget_s = device, dtype, budget_s
+        self.models = {str(profile_path(name)): model for name, model in (models or {}).items()}
+        self.counts: dict[str, int] = {}
+        self.downtimes: list[tuple[int, float]] = []
+        self._fleet: tuple[ClusterSpec, int, list[InstanceSettings], list[Instance]] | None = None
+
+    def play(self, policy: Policy, scenario: Scenario, episode: Episode, seed: int = 0) -> Records:
+        """What becomes of the episode's requests; times in seconds from the start of the workload.
+
+        Raises:
+            InputError: a fleet, a workload or a policy that cannot be played.
+        """
+        settings, instances = self._instances(episode.cluster, episode.workload.prefix_block_tokens)
+        for instance in instances:
+            instance.clear()
+        _check_fit(episode, instances)
+        schedulers = [instance.scheduler for instance in instances]
+        router = Router(schedulers, settings, policy, scenario, episode, self.budget_s, seed)
+        played = _Play(episode, instances, router)
+        try:
+            with _undisturbed():
+                played.run()
+        finally:
+            router.close()
+        self.counts, self.downtimes = router.counts(), played.copier.downtimes
+        return records_of(played.requests, episode, played.start_s)
+
+    def close(self) -> None:
+        """Free the instances' memory."""
+        self._fleet = None
+
+    def _instances(self, cluster: ClusterSpec, unit: int) -> tuple[list[InstanceSettings], list[Instance]]:
+        """The fleet; that of the last play, if it is the same."""
+        if self._fleet and self._fleet[:2] == (cluster, unit):
+            return self._fleet[2:]
+        self._fleet = None
+        lock, migrates = RLock(), cluster.migration is not None
+        settings = [
+            InstanceSettings.of(spec, prefix_caching=cluster.prefix_caching, migrates=migrates)
+            for spec in cluster.instances
+        ]
+        if len({s.setting.block_tokens for s in settings}) > 1 and migrates:
+            raise InputError(
+                cluster.name, "block_tokens", "mixed", "KV moves between blocks of one size only"
+            )
+        instances = [
+            Instance(self._model(spec), s.setting, number, unit, lock)
+            for number, (spec, s) in enumerate(zip(cluster.instances, settings, strict=True))
+        ]
+        if migrates and len({id(instance.model) for instance in instances}) > 1:
+            raise InputError(
+                cluster.name, "migration", "mixed", "KV moves between replicas of one model only"
+            )
+        for instance in instances:
+            instance.warm_up()
+        self._fleet = cluster, unit, settings, instances
+        return settings, instances
+
+    def _model(self, spec: InstanceSpec) -> Transformer:
+        path = str(profile_path(spec.profile))
+        if path not in self.models:
+            where = Path(path).with_name("config.json")
+            if not where.is_file():
+                hint = "no config.json beside it; servegym calibrate writes both"
+                raise InputError(path, "profile", spec.profile, hint)
+            config = load_config(where)
+            same = [m for m in self.models.values() if m.config == config]
+            self.models[path] = same[0] if same else Transformer(config, self.device, self.dtype)
+        return self.models[path]
+
+
+class _Play:
+    """One play: the router's events, and a thread for every instance."""
+
+    def __init__(self, episode: Episode, instances: list[Instance], router: Router) -> None:
+        self.episode, self.instances, self.router = episode, instances, router
+        self.lock = instances[0].lock
+        self.wake = Condition(self.lock)
+        self.copier = BlockCopier(instances, self.lock)
+        self.followers = {int(a): row for row, a in enumerate(episode.workload.after) if a >= 0}
+        vocabulary = instances[0].model.config.vocabulary
+        self.requests = [self._request(row, vocabulary) for row in range(len(episode.workload))]
+        self.left = len(self.requests)
+        self.failure: BaseException | None = None
+        self.start_s = 0.0
+
+    def run(self) -> None:
+        """Play to the end."""
+        w = self.episode.workload
+        self.events = [(float(w.arrived_at_s[k]), Event.ARRIVAL, k) for k in np.flatnonzero(w.after < 0)]
+        self._tick(Event.MIGRATE, migration.period_s if (migration := self.episode.cluster.migration) else 0)
+        self._tick(Event.BUDGET, self.episode.cluster.budget_period_s)
+        if self.router.period_s:
+            self.events += [(at, Event.SCRAPE, i) for i, at in enumerate(self.router.next_scrape)]
+        heapq.heapify(self.events)
+        threads = [
+            Thread(target=self._serve, args=(instance,), name=f"engine {instance.number}", daemon=True)
+            for instance in self.instances
+        ]
+        self.start_s = time.perf_counter()
+        for instance, thread in zip(self.instances, threads, strict=True):
+            instance.on_done = self._done
+            instance.scheduler.choose_victim = lambda _, i=instance.number: self.router.victim(i, self.now())
+            thread.start()
+        try:
+            self._route()
+        finally:
+            for instance in self.instances:
+                instance.stop()
+            for thread in threads:
+                thread.join()
+            self.copier.close()
+        if self.failure:
+            raise self.failure
+
+    def now(self) -> float:
+        """Seconds on the workload's clock."""
+        return time.perf_counter() - self.start_s
+
+    def _request(self, row: int, vocabulary: int) -> Request:
+        w = self.episode.workload
+        tokens = token_ids(w, row, vocabulary)
+        prompt, output = int(w.prompt_tokens[row]), int(w.output_tokens[row])
+        ids = w.prefix_ids[w.prefix_offsets[row] : w.prefix_offsets[row + 1]].tolist()
+        return make_request(
+            row,
+            tokens[:prompt],
+            output,
+            priority=int(w.priority[row]),
+            prefix_ids=ids,
+            forced=tokens[prompt:],
+        )
+
+    # --- the router's thread ----------------------------------------------------------------------------
+
+    def _route(self) -> None:
+        with self.wake:
+            while self.left and not self.failure:
+                wait = self.events[0][0] - self.now() if self.events else None
+                if wait is None or wait > 0:
+                    self.wake.wait(wait)
+                    continue
+                at, event, which = heapq.heappop(self.events)
+                self._happen(event, at, which)
+
+    def _happen(self, event: Event, at: float, which: int) -> None:
+        if event is Event.ARRIVAL:
+            r = self.requests[which]
+            r.arrived_s = at
+            i = self.router.dispatch(r, self.now())
+            r.dispatched_s = self.now()
+            self.instances[i].scheduler.enqueue(r)
+        elif event is Event.SCRAPE:
+            self.router.scrape(which, self.now())
+            self._push(at + self.router.period_s, event, which)
+        elif event is Event.MIGRATE:
+            for r, source, target in self.router.moves(self.now()):
+                self._move(r, source, target)
+            self._tick(event, self.episode.cluster.migration.period_s, at)
+        else:
+            for instance in self.instances:
+                if instance.scheduler.prefills_beside_decodes():
+                    cap = self.router.cap(instance.number, self.now())
+                    instance.scheduler.cap = cap or instance.scheduler.cap
+            self._tick(event, self.episode.cluster.budget_period_s, at)
+
+    def _tick(self, event: Event, period_s: float, at: float = 0.0) -> None:
+        """The next occasion of a periodic event; a period of 0 is never."""
+        if period_s:
+            self._push(at + period_s, event, 0)
+
+    def _push(self, at: float, event: Event, which: int) -> None:
+        heapq.heappush(self.events, (at, event, which))
+
+    def _move(self, r: Request, source: int, target: int) -> None:
+        """At once while it waits, by live migration while it decodes."""
+        here, there = self.instances[source].scheduler, self.instances[target].scheduler
+        lever = self.episode.cluster.migration
+        assert lever
+        if r in here.waiting:
+            here.waiting.remove(r)
+            r.migrations += 1
+            there.enqueue(r)
+            here.kick()
+        elif r in here.running:
+            Migration(r, here, there, self.copier, lever.last_blocks, lever.stages).begin()
+
+    # --- the engines' threads ---------------------------------------------------------------------------
+
+    def _serve(self, instance: Instance) -> None:
+        torch.set_num_threads(1)
+        try:
+            instance.serve()
+        except BaseException as error:  # handed to the router's thread, which would wait for ever
+            with self.wake:
+                self.failure = error
+                self.wake.notify()
+
+    def _done(self, done: list[Request]) -> None:
+        """Requests have streamed their last token; sessions go on after their gap."""
+        for r in done:
+            self.router.finished(r)
+            self.left -= 1
+            follower = self.followers.get(r.number)
+            if follower is not None:
+                gap = float(self.episode.workload.gap_s[follower])
+                self._push(r.finished_s - self.start_s + gap, Event.ARRIVAL, follower)
+        self.wake.notify()
+
+
+def records_of(requests: list[Request], episode: Episode, start_s: float = 0.0) -> Records:
+    """Records of all requests, with engines' times counted from `start_s`."""
+
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(r, name) for r in requests], dtype)
+
+    return Records(
+        arrived_s=column("arrived_s", float),
+        dispatched_s=column("dispatched_s", float),
+        first_token_s=column("first_s", float) - start_s,
+        finished_s=column("finished_s", float) - start_s,
+        max_gap_s=column("max_gap_s", float),
+        prompt_tokens=column("prompt", np.int32),
+        output_tokens=column("output", np.int32),
+        cached_tokens=column("cached", np.int32),
+        lost_tokens=column("lost", np.int64),
+        preemptions=column("preemptions", np.int32),
+        migrations=column("migrations", np.int32),
+        instance=column("instance", np.int32),
+        class_id=episode.workload.class_id,
+        priority=column("priority", np.int16),
+    )
+
+
+def _check_fit(episode: Episode, instances: list[Instance]) -> None:
+    """Raise `InputError` for a request that no instance holds, or whose model has no positions for it."""
+    tokens = episode.workload.prompt_tokens.astype(np.int64) + episode.workload.output_tokens
+    row = int(tokens.argmax())
+    most = max((i.most_tokens for i in instances if i.setting.drain == NEVER), default=0)
+    if tokens[row] > most:
+        hint = f"the engines of {episode.cluster.name} hold at most {most}"
+        where = f"prompt_tokens + output_tokens, row {row}"
+        raise InputError(episode.workload.name, where, int(tokens[row]), hint)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No collection of garbage while requests wait: a pause of tens of milliseconds would be measured.
+
+    And threads that want the interpreter get it soon: the default lets the router wait for 5 ms.
+    """
+    was_enabled, interval = gc.isenabled(), sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,89 @@
+"""Copies of KV between instances on a thread of its own, one after the other as over one link."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from queue import SimpleQueue
+from threading import Lock, RLock, Thread
+from typing import NamedTuple
+
+import torch
+
+from servegym.runtime.engine.instance import Instance
+from servegym.runtime.engine.migration import Migration, Phase
+
+
+class _Job(NamedTuple):
+    migration: Migration
+    blocks: torch.Tensor
+    to: torch.Tensor
+
+
+class BlockCopier:
+    """`migration.Copier` for instances of one process.
+
+    Attributes:
+        seconds: blocks and seconds of each copy.
+        downtimes: blocks of each migration, and seconds from the stop at its source until all its KV was at
+            its target.
+    """
+
+    def __init__(self, instances: Sequence[Instance], lock: RLock) -> None:
+        self.instances, self.lock = instances, lock
+        self.seconds: list[tuple[int, float]] = []
+        self.downtimes: list[tuple[int, float]] = []
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._busy = Lock()
+        self._thread = Thread(target=self._work, name="copier", daemon=True)
+        self._thread.start()
+
+    def start(self, migration: Migration, blocks: Sequence[int], to: Sequence[int]) -> None:
+        """Queue a copy; the tables may change before its turn comes."""
+        source, target = (torch.tensor(ids, dtype=torch.int64) for ids in (blocks, to))
+        self._jobs.put(_Job(migration, source, target))
+
+    def cancel(self, migration: Migration) -> None:
+        """Wait for a copy that runs; what is queued finds its migration aborted."""
+        migration.phase = Phase.ABORTED
+        with self._busy:
+            pass
+
+    def close(self) -> None:
+        """Let the thread end after what is queued."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            with self._busy:
+                if job.migration.phase is not Phase.ABORTED:
+                    begin = time.perf_counter()
+                    source, target = (
+                        self.instances[side.number] for side in (job.migration.source, job.migration.target)
+                    )
+                    copy_blocks(source, target, job.blocks, job.to)
+                    self.seconds.append((len(job.blocks), time.perf_counter() - begin))
+            with self.lock:
+                if job.migration.phase is not Phase.ABORTED:
+                    job.migration.end_copy()
+                if job.migration.phase is Phase.COMMITTED:
+                    down = self.instances[0].clock() - job.migration.stopped_s
+                    self.downtimes.append((job.migration.copied, down))
+
+
+@torch.inference_mode()
+def copy_blocks(source: Instance, target: Instance, blocks: torch.Tensor, to: torch.Tensor) -> None:
+    """Copy blocks of one instance to blocks of another: gathered, then scattered; returns when it is done."""
+    device = source.cache.device
+    if device.type == "cpu":
+        for mine, theirs in zip(source.cache.flatten(0, 1), target.cache.flatten(0, 1), strict=True):
+            theirs.index_copy_(0, to, mine.index_select(0, blocks))
+        return
+    side = torch.cuda.Stream(device)
+    if target.swap.gathered:  # the blocks may be those of a request that is still on its way out
+        side.wait_event(target.swap.gathered)
+    with torch.cuda.stream(side):
+        staged = source.swap.by_block[blocks.to(device)]
+        target.swap.by_block[to.to(device)] = staged
+    side.synchronize()

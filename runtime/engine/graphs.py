@@ -1,0 +1,65 @@
+"""CUDA graphs of decode iterations, one for each padded batch size: a launch instead of hundreds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from servegym.runtime.engine.batch import Batch
+from servegym.runtime.engine.model import Transformer
+
+
+class _Captured(NamedTuple):
+    inputs: Batch
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+
+
+class DecodeGraphs:
+    """Captured decode iterations of one instance.
+
+    Args:
+        cache: the instance's KV; rows that fill a batch up write to its last block.
+        width: blocks of the longest request.
+    """
+
+    def __init__(self, model: Transformer, cache: torch.Tensor, max_seqs: int, width: int) -> None:
+        self.spare, self.block_tokens = cache.shape[2] - 1, cache.shape[3]
+        sizes = [1, 2, 4, *range(8, max_seqs, 8), max_seqs]
+        self.captured: dict[int, _Captured] = {}
+        pool = None
+        for size in sorted(
+            {s for s in sizes if s <= max_seqs}, reverse=True
+        ):  # the largest shares its memory
+            inputs = self._inputs(size, width, cache.device)
+            model.forward(inputs, cache)  # compiles kernels, which a capture cannot
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = model.forward(inputs, cache)
+            pool = pool or graph.pool()
+            self.captured[size] = _Captured(inputs, graph, logits)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits of a batch that only decodes, [S, vocabulary]; valid until the next call."""
+        n = len(batch.tables)
+        inputs, graph, logits = self.captured[min(size for size in self.captured if size >= n)]
+        for name in ("tokens", "positions", "slots", "lengths"):
+            getattr(inputs, name)[:n].copy_(getattr(batch, name))
+        inputs.tables[:n, : batch.tables.shape[1]].copy_(batch.tables)
+        inputs.slots[n:].fill_(self.spare * self.block_tokens)
+        inputs.lengths[n:].fill_(1)
+        graph.replay()
+        return logits[:n]
+
+    def _inputs(self, size: int, width: int, device: torch.device) -> Batch:
+        zeros = torch.zeros(3, size, dtype=torch.int64, device=device)
+        zeros[2] = self.spare * self.block_tokens
+        return Batch(
+            *zeros,
+            tables=torch.full((size, width), self.spare, dtype=torch.int64, device=device),
+            lengths=torch.ones(size, dtype=torch.int32, device=device),
+            mask=None,
+            last=torch.arange(size, device=device),
+        )

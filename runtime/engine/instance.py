@@ -1,0 +1,189 @@
+"""One engine replica: a model, its KV memory and a scheduler, one iteration after the other.
+
+Instances of one process share weights and a lock, which guards all schedulers; forward passes run outside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Iterable
+from threading import Condition, RLock
+from typing import Any
+
+import torch
+
+from servegym.envs.cluster.settings import Setting
+from servegym.errors import InputError
+from servegym.runtime.engine.batch import build_batch
+from servegym.runtime.engine.graphs import DecodeGraphs
+from servegym.runtime.engine.memory import allocate_cache
+from servegym.runtime.engine.model import Transformer
+from servegym.runtime.engine.request import Request, make_request
+from servegym.runtime.engine.scheduler import Plan, Scheduler
+from servegym.runtime.engine.swap import SwapSpace
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
+
+
+class Instance:
+    """A replica that is stepped from outside, or by `serve` on a thread of its own.
+
+    Args:
+        model: shared by instances.
+        setting: as the cluster model has it (`setting_of_spec`); synchronous scheduling only.
+        unit_tokens: tokens of a prefix unit; 0 for no prefix cache.
+        lock: the lock of the cluster that it belongs to.
+        options: `choose_victim` of the scheduler.
+
+    Attributes:
+        iterations: how many it has run; busy_s: the time that they took.
+
+    Raises:
+        InputError: settings that this runtime or this device cannot have.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        setting: Setting,
+        number: int = 0,
+        unit_tokens: int = 0,
+        lock: RLock | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        **options: Any,
+    ) -> None:
+        keep_freed_memory()
+        self.model, self.setting, self.number, self.clock = model, setting, number, clock
+        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        try:
+            self.cache = allocate_cache(
+                model.config, setting.blocks, setting.block_tokens, model.device, model.dtype
+            )
+        except RuntimeError as error:  # CUDA's out-of-memory error is one, too
+            raise InputError(
+                "engine", "kv_blocks", setting.blocks, "so many do not fit the memory"
+            ) from error
+        self.swap = SwapSpace(self.cache, setting.host_blocks, setting.swap_group)
+        self.lock = lock or RLock()
+        self.changed = Condition(self.lock)
+        self.scheduler = Scheduler(setting, self.swap, number, unit_tokens, kick=self._kick, **options)
+        self.graphs: DecodeGraphs | None = None
+        self.on_done: Callable[[list[Request]], None] = lambda _: None
+        self.iterations, self.busy_s = 0, 0.0
+        self._kicked = self._stopped = False
+
+    @property
+    def most_tokens(self) -> int:
+        """Longest request, prompt and output, that it can serve."""
+        room = (self.setting.blocks - self.setting.watermark) * self.setting.block_tokens
+        return min(room, self.model.config.positions)
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def submit(self, r: Request) -> None:
+        """Put a request on the waiting list.
+
+        Raises:
+            InputError: a request that never fits.
+        """
+        if len(r.ids) > self.most_tokens:
+            hint = f"instance {self.number} holds at most {self.most_tokens}"
+            raise InputError(f"request {r.number}", "prompt + output tokens", len(r.ids), hint)
+        with self.changed:
+            self.scheduler.enqueue(r)
+
+    def place(self, r: Request, computed: int) -> None:
+        """Let a request run as if `computed` tokens of its prompt had KV, whose contents are what they are.
+
+        With a whole prompt it has streamed a token and decodes; with less it computes the rest in chunks. For
+        measurements.
+        """
+        with self.changed:
+            self.scheduler.memory.grow(r, max(computed, 1))
+            r.computed, r.instance = computed, self.number
+            if computed == r.prompt:
+                r.stream(0, self.clock())
+            self.scheduler.running.append(r)
+
+    def clear(self) -> None:
+        """Forget all requests and everything that is cached."""
+        with self.changed:
+            self.scheduler.clear()
+            self._stopped = False
+
+    # --- iterations -------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Run a small request, so that torch initialises itself, and capture CUDA graphs."""
+        self.submit(make_request(0, [0, 0], 2))
+        while self.step():
+            pass
+        if self.stream:
+            width = -(-self.most_tokens // self.setting.block_tokens)
+            with torch.cuda.stream(self.stream), torch.inference_mode():
+                self.graphs = DecodeGraphs(self.model, self.cache, self.setting.max_seqs, width)
+        self.clear()
+
+    def step(self) -> bool:
+        """One iteration: schedule, swap, compute, sample, deliver. False where there was nothing to run."""
+        begin = self.clock()
+        with torch.cuda.stream(self.stream):
+            with self.changed:
+                plan = self.scheduler.schedule()
+                self._kicked = False
+            if not plan:
+                return False
+            tokens = self._compute(plan)
+        now = self.clock()
+        with self.changed:
+            done = self.scheduler.complete(tokens, now)
+            if done:
+                self.on_done(done)
+        self.iterations += 1
+        self.busy_s += self.clock() - begin
+        return True
+
+    def serve(self) -> None:
+        """Run iterations, and sleep while there is nothing to run, until `stop`."""
+        while not self._stopped:
+            if not self.step():
+                with self.changed:
+                    self.changed.wait_for(lambda: self._kicked or self._stopped)
+
+    def stop(self) -> None:
+        """Let `serve` return after the iteration in flight."""
+        with self.changed:
+            self._stopped = True
+            self.changed.notify()
+
+    @torch.inference_mode()
+    def _compute(self, plan: Plan) -> list[int]:
+        """The next token of each request of the plan: the likeliest, without sampling."""
+        decodes = [r for r, _ in plan if r.decoding]
+        chunks = plan[len(decodes) :]
+        batch = build_batch(decodes, chunks, self.setting.block_tokens, self.model.device)
+        if self.graphs and not chunks:
+            logits = self.graphs.run(batch)
+        else:
+            logits = self.model.forward(batch, self.cache)
+        return logits.argmax(-1).tolist()
+
+    def _kick(self) -> None:
+        self._kicked = True
+        self.changed.notify()
+
+
+def step_all(instances: Iterable[Instance]) -> bool:
+    """An iteration of each in turn, on this thread; False where none had anything to run."""
+    return any(list(map(Instance.step, instances)))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what torch frees: fresh pages would cost more time than what is computed in them."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+            libc.mallopt(_TRIM_THRESHOLD, 1 << 30)

@@ -1,0 +1,319 @@
+"""The picker's books: engines, requests in flight, and how far each has come, kept in a `ClusterView`.
+
+What is known of an answer depends on how much of it the picker sees:
+
+- its head: a streamed answer's comes with its first token, another's when it is complete.
+- its body, where it is watched: one token an event of a stream, and the usage that some answers end with.
+- its end, always: Envoy closes the exchange.
+
+In between, the progress of what is not watched is estimated: 1 + (now - first token) / tpot tokens, where
+tpot is the profile's decode step at the requests and tokens in flight, times the engine's ratio of seen to
+predicted tpot, learned from watched streams. An answer that does not stream counts as begun after the
+profile's prefill of all prompts that were in flight before it, and its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from servegym.envs.cluster.spec import InstanceSpec
+from servegym.errors import InputError
+from servegym.runtime.fleet import InstanceSettings
+from servegym.runtime.gateway.asks import Ask
+from servegym.runtime.gateway.lengths import Lengths
+from servegym.runtime.gateway.prefixes import PrefixIndex, byte_ids, token_ids
+from servegym.runtime.gateway.readings import Load, Reading
+from servegym.runtime.gateway.settings import Endpoint
+from servegym.runtime.view import ClusterView, InstanceView, RequestView
+
+MOST_SESSIONS = 1 << 16
+LEARNING = 0.1  # weight of a new ratio of tpot
+RATIOS = (0.01, 100.0)
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One engine.
+
+    Attributes:
+        number: its place in the view. endpoint, spec: as configured, with the KV cache that it reports.
+        index: what its prefix cache holds.
+        failures: scrapes in a row without an answer.
+        is_told: a scrape could be read, so that its readings mean something.
+        tpot_ratio: seen by the profile's time per output token.
+    """
+
+    number: int
+    endpoint: Endpoint
+    spec: InstanceSpec
+    index: PrefixIndex
+    failures: int = 0
+    is_told: bool = False
+    preemptions: float = 0.0
+    tpot_ratio: float = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Replica(InstanceView):
+    """An engine in the view, whose prefix cache is asked for a whole prompt at a time."""
+
+    def cached_tokens(self, request: RequestView, most: int) -> int:
+        """As of any `InstanceView`."""
+        if not self.settings.setting.caching:
+            return 0
+        return self.cached.leading(request.prefix[: most // self.prefix_tokens]) * self.prefix_tokens
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request from its pick to its end.
+
+    Attributes:
+        ask: what it asks for. request: what the view knows of it.
+        order: engines in the order in which Envoy tries them.
+        knows_tokens: the ids of its prefix are those of token blocks.
+        sent_s: when it was dispatched. first_s: of its first token, or when it is expected; None: unknown.
+        has_begun: the head of its answer is here. is_watched: its body passes the picker.
+        last_s: of its latest watched token. reported: output tokens by the answer's usage; 0: not told.
+        reported_prompt: prompt tokens likewise. status: of the answer; 0: none yet.
+    """
+
+    ask: Ask
+    request: RequestView
+    order: list[int]
+    knows_tokens: bool = False
+    sent_s: float = 0.0
+    first_s: float | None = None
+    has_begun: bool = False
+    is_watched: bool = False
+    last_s: float = 0.0
+    reported: int = 0
+    reported_prompt: int = 0
+    status: int = 0
+
+
+@dataclass(slots=True)
+class Sessions:
+    """Where the latest turn of each conversation went; the ones idle for longest are forgotten."""
+
+    _known: OrderedDict[str, tuple[int, int]] = field(default_factory=OrderedDict)
+
+    def look(self, name: str | None) -> tuple[int, int]:
+        """Earlier turns, and the engine of the last, or -1."""
+        return self._known.get(name, (0, -1)) if name else (0, -1)
+
+    def went(self, name: str | None, engine: int) -> None:
+        """A turn went to an engine."""
+        if name is None:
+            return
+        turns, _ = self._known.pop(name, (0, -1))
+        self._known[name] = (turns + 1, engine)
+        if len(self._known) > MOST_SESSIONS:
+            self._known.popitem(last=False)
+
+
+class Books:
+    """All that the picker knows; one thread keeps it.
+
+    Args:
+        endpoints, specs: of the engines, in order.
+        lengths: counts and predicts tokens.
+        least_urgent: largest priority of the service classes.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        specs: Sequence[InstanceSpec],
+        lengths: Lengths,
+        least_urgent: int = 0,
+    ) -> None:
+        self.lengths = lengths
+        self.sessions = Sessions()
+        self.flights: dict[int, Flight] = {}
+        settings = [InstanceSettings.of(spec) for spec in specs]
+        self.engines = [
+            Engine(number, endpoint, spec, PrefixIndex(setting.setting.blocks))
+            for number, (endpoint, spec, setting) in enumerate(zip(endpoints, specs, settings, strict=True))
+        ]
+        self.by_address = {engine.endpoint.address: engine for engine in self.engines}
+        instances = [
+            Replica(setting, cached=engine.index, available=False)
+            for engine, setting in zip(self.engines, settings, strict=True)
+        ]
+        self.view = ClusterView(instances, least_urgent=least_urgent)
+        self._keys = count()
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def arrived(self, ask: Ask, now_s: float) -> Flight:
+        """A request is here, and will be dispatched."""
+        tokens, ids = self.lengths.prompt(ask)
+        turn, last = self.sessions.look(ask.session)
+        request = RequestView(
+            key=next(self._keys),
+            arrived_s=now_s,
+            prompt_tokens=tokens,
+            predicted_tokens=self.lengths.output(ask),
+            priority=ask.priority,
+            slo_ttft_s=ask.ttft_s,
+            slo_tpot_s=ask.tpot_s,
+            weight=ask.weight,
+            turn=turn,
+            last_instance=last,
+            prefix=self._prefix(ask, ids),
+        )
+        self.view.now_s = now_s
+        self.view.longest_output = max(self.view.longest_output, request.predicted_tokens)
+        self.view.arrived(request)
+        return Flight(ask, request, [], knows_tokens=bool(ids))
+
+    def _prefix(self, ask: Ask, ids: Sequence[int]) -> list[int]:
+        block = self.view.instances[0].prefix_tokens  # engines of one pool have blocks of one size
+        if ids or isinstance(ask.prompt, list):
+            return token_ids(ids, block)
+        return byte_ids(ask.prompt, block)
+
+    def dispatched(self, flight: Flight, order: list[int], now_s: float) -> None:
+        """A request goes to the first engine of `order`, to the others where that fails."""
+        flight.order, flight.sent_s = order, now_s
+        self.view.dispatched(flight.request, order[0])
+        self._remember(flight)
+        if not flight.ask.streams:
+            i = order[0]
+            flight.first_s = now_s + self.view.instances[i].prefill_tokens / self.view.fleet.prefill_speed[i]
+        self.flights[flight.request.key] = flight
+
+    def _remember(self, flight: Flight) -> None:
+        engine = self.engines[flight.request.instance]
+        engine.index.sent(flight.request.prefix, flight.knows_tokens)
+        self.sessions.went(flight.ask.session, engine.number)
+
+    def begun(self, flight: Flight, status: int, served: str | None, now_s: float) -> None:
+        """The head of an answer is here, from the engine of that address."""
+        flight.status, flight.has_begun = status, True
+        engine = self.by_address.get(served or "")
+        if engine is not None and engine.number != flight.request.instance and self._is_open(flight):
+            self.view.moved(flight.request, engine.number)
+            self._remember(flight)
+        if flight.ask.streams and status == 200:
+            flight.first_s = flight.last_s = now_s
+            self._count(flight, 1 - flight.request.streamed_tokens)
+
+    def tokens(self, flight: Flight, tokens: int, now_s: float) -> None:
+        """Events of a watched stream; the first of them came with the head, and is counted already."""
+        if tokens > 0:
+            flight.last_s = now_s
+            self._count(flight, tokens)
+
+    def ended(self, flight: Flight, now_s: float) -> None:
+        """The exchange is over, whoever ended it; again is harmless."""
+        if self.flights.pop(flight.request.key, None) is None:
+            return
+        request = flight.request
+        seen = flight.reported or (request.streamed_tokens if flight.is_watched and flight.ask.streams else 0)
+        if flight.is_watched and flight.ask.streams and flight.first_s is not None and seen > 1:
+            self._learn_tpot(request.instance, (flight.last_s - flight.first_s) / (seen - 1))
+        if flight.status == 200:
+            self.lengths.learn(flight.ask, flight.reported_prompt or None, seen or None)
+        self.view.finished(request)
+
+    def advance(self, now_s: float) -> None:
+        """Bring the estimates of what is not watched up to now."""
+        tpots = [self.tpot_s(i) for i in range(len(self.engines))]
+        for flight in self.flights.values():
+            if flight.first_s is None or (flight.is_watched and flight.ask.streams):
+                continue
+            if flight.first_s > now_s:
+                continue
+            tokens = 1 + int((now_s - flight.first_s) / tpots[flight.request.instance])
+            if flight.ask.most_tokens:
+                tokens = min(tokens, flight.ask.most_tokens)
+            self._count(flight, tokens - flight.request.streamed_tokens)
+
+    def tpot_s(self, i: int) -> float:
+        """Time per output token that engine i is taken to have, seconds."""
+        x, fleet = self.view.instances[i], self.view.fleet
+        n = max(1, min(len(x.inflight), int(fleet.max_seqs[i])))
+        context = max(n, min(x.prompt_tokens + x.streamed_tokens, int(fleet.capacity[i])))
+        return fleet.step_of(i, n, context) * self.engines[i].tpot_ratio
+
+    def _count(self, flight: Flight, tokens: int) -> None:
+        if tokens > 0 and self._is_open(flight):
+            self.view.streamed(flight.request, tokens)
+
+    def _is_open(self, flight: Flight) -> bool:
+        return flight.request.key in self.flights
+
+    def _learn_tpot(self, i: int, seen_s: float) -> None:
+        engine = self.engines[i]
+        ratio = seen_s / self.tpot_s(i) * engine.tpot_ratio
+        engine.tpot_ratio += LEARNING * (min(max(ratio, RATIOS[0]), RATIOS[1]) - engine.tpot_ratio)
+
+    # --- engines ----------------------------------------------------------------------------------------
+
+    def read(self, engine: Engine, reading: Reading, now_s: float) -> None:
+        """A scrape of an engine could be read."""
+        x = self.view.instances[engine.number]
+        x.seen_running, x.seen_waiting, x.seen_kv_usage = reading.running, reading.waiting, reading.kv_usage
+        rise = reading.preemptions - engine.preemptions
+        x.seen_preemptions = max(rise, 0.0) if engine.is_told else 0.0
+        if not engine.is_told:
+            self._resize(engine, reading)
+            x = self.view.instances[engine.number]
+        engine.preemptions, engine.is_told, x.scraped_at_s = reading.preemptions, True, now_s
+
+    def loaded(self, served: str | None, load: Load) -> None:
+        """An engine reported its load in a response header; younger than its last scrape."""
+        engine = self.by_address.get(served or "")
+        if engine is None:
+            return
+        x = self.view.instances[engine.number]
+        if load.waiting is not None:
+            x.seen_waiting = load.waiting
+        if load.kv_usage is not None:
+            x.seen_kv_usage = load.kv_usage
+
+    def up(self, engine: Engine) -> bool:
+        """An engine answers; True where that is news."""
+        x = self.view.instances[engine.number]
+        engine.failures, was, x.available = 0, x.available, True
+        return not was
+
+    def down(self, engine: Engine) -> bool:
+        """An engine is gone, and with it what it had cached; True where that is news."""
+        x = self.view.instances[engine.number]
+        was, x.available, engine.is_told = x.available, False, False
+        if was:
+            engine.index.clear()
+        return was
+
+    def lost(self, engine: Engine) -> None:
+        """Its process is gone: what had not begun there is on its way to the next engine of its order."""
+        for flight in list(self.view.instances[engine.number].inflight.values()):
+            found = self.flights[flight.key]
+            if found.has_begun or engine.number not in found.order:
+                continue
+            later = found.order[found.order.index(engine.number) + 1 :]
+            target = next((i for i in later if self.view.instances[i].available), None)
+            if target is not None:
+                self.view.moved(found.request, target)
+
+    def _resize(self, engine: Engine, reading: Reading) -> None:
+        """Where a new engine's KV cache is not as configured, believe the engine, and keep the books."""
+        told = {"kv_blocks": reading.blocks, "block_tokens": reading.block_tokens}
+        setting = self.view.instances[engine.number].settings.setting
+        if not all(told.values()) or (setting.blocks, setting.block_tokens) == tuple(told.values()):
+            return
+        try:
+            settings = InstanceSettings.of(replace(engine.spec, **told))
+        except InputError:  # no cache can be so
+            return
+        engine.spec, engine.index.room = replace(engine.spec, **told), settings.setting.blocks
+        instances = list(self.view.instances)
+        fresh = {"prefix_tokens": 0, "prefill_cap": 0, "free_blocks": -1, "host_free_blocks": -1}
+        instances[engine.number] = replace(instances[engine.number], settings=settings, **fresh)
+        self.view = replace(self.view, instances=instances)

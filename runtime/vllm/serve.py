@@ -1,0 +1,159 @@
+"""Start a migrator in front of running vLLM servers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import aiohttp
+from aiohttp import web
+
+from servegym.errors import InputError
+from servegym.runtime.decider import Decider
+from servegym.runtime.fleet import InstanceSettings
+from servegym.runtime.gateway.settings import parse_endpoints
+from servegym.runtime.view import InstanceView
+from servegym.runtime.vllm.leg import EngineLostError
+from servegym.runtime.vllm.migrator import Limits, Migrator, scrape
+from servegym.runtime.vllm.proxy import make_app
+
+log = logging.getLogger("servegym.migrator")
+START_S = 60.0  # for which a server may still be starting
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Flags of `servegym migrator`."""
+
+    engines: tuple[str, ...]
+    """Base URLs of vLLM servers of one model, for example http://127.0.0.1:8101 http://127.0.0.1:8102."""
+    profile: tuple[str, ...] = ("a100-llama-3.1-8b",)
+    """Cost profile (see `servegym profile`, `servegym calibrate`) of all engines, or one an engine."""
+    max_seqs: int | None = None
+    """The engines' max_num_seqs; the profile's by default."""
+    token_budget: int | None = None
+    """The engines' max_num_batched_tokens; the profile's by default."""
+    handoff: Literal["none", "nixl"] = "none"
+    """How KV moves: `none` computes it again, `nixl` reads it from the server that is left; both run the
+    NixlConnector as kv_both."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Where clients connect."""
+    period_s: float = 0.5
+    """Seconds between two occasions to migrate; 0 never migrates."""
+    scrape_s: float = 0.1
+    """Seconds between two scrapes of an engine's /metrics."""
+    stale_s: float = 2.0
+    """Age of the oldest scrape beyond which decisions are left to the fallback, and of its own beyond which
+    an engine gets no requests."""
+    stall_s: float = 60.0
+    """Seconds without a byte after which an engine counts as hung and its requests go on elsewhere."""
+    rest_s: float = 5.0
+    """Seconds for which a failed engine gets no requests, at least."""
+    patience_s: float = 10.0
+    """Seconds for which an answer that has begun waits for an engine, where none is left."""
+    budget_ms: float = 5.0
+    """Time that a decision may take before the fallback's answer counts."""
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            InputError: naming the flag.
+        """
+        if not self.engines:
+            raise InputError("migrator", "engines", [], "give at least one URL")
+        if len(self.profile) not in (1, len(self.engines)):
+            raise InputError("migrator", "profile", list(self.profile), "give one, or one an engine")
+        if not 0 <= self.port <= 65535:
+            raise InputError("migrator", "port", self.port, "must lie in 0..65535")
+        for name in ("budget_ms", *(field.name for field in fields(Limits))):
+            value, least = getattr(self, name), 0 if name in ("period_s", "rest_s", "patience_s") else 1e-3
+            if not least <= value <= 1e6:
+                raise InputError("migrator", name, value, f"must lie in {least:g}..1e6")
+
+    def limits(self) -> Limits:
+        """The times among the flags."""
+        return Limits(*(getattr(self, field.name) for field in fields(Limits)))
+
+
+def serve(settings: Settings, policy: str, fallback: str | None) -> int:
+    """Serve until a signal; returns 0."""
+    settings.check()
+    parse_endpoints(settings.engines)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    decider = Decider(policy, fallback, settings.budget_ms * 1e-3)
+    web.run_app(
+        _app(settings, decider),
+        host=settings.host,
+        port=settings.port,
+        handler_cancellation=True,
+        access_log=None,
+        print=log.info,
+    )
+    return 0
+
+
+async def _app(settings: Settings, decider: Decider) -> web.Application:
+    session = open_session(settings.stall_s)
+    try:
+        migrator = await make_migrator(session, settings, decider)
+    except BaseException:
+        await session.close()
+        raise
+    app = make_app(migrator)
+
+    async def close(_: web.Application) -> None:
+        await session.close()
+
+    app.on_cleanup.append(close)
+    log.info("%s decides for %s; KV hand-off: %s", decider.policy.name, migrator.urls, settings.handoff)
+    return app
+
+
+def open_session(stall_s: float) -> aiohttp.ClientSession:
+    """A client without limit of connections; it gives up after `stall_s` without a byte."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=stall_s)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+
+
+async def make_migrator(
+    session: aiohttp.ClientSession, settings: Settings, decider: Decider, wait_s: float = START_S
+) -> Migrator:
+    """A migrator for running servers, whose KV caches are as large as they say.
+
+    Raises:
+        InputError: a server does not answer within `wait_s`, or settings contradict each other.
+    """
+    urls = [url.rstrip("/") for url in settings.engines]
+    profiles: Sequence[str] = settings.profile * (len(urls) if len(settings.profile) == 1 else 1)
+    instances = [
+        await _instance(session, settings, url, profile, wait_s)
+        for url, profile in zip(urls, profiles, strict=True)
+    ]
+    return Migrator(
+        urls, instances, decider, session, limits=settings.limits(), handoff=settings.handoff == "nixl"
+    )
+
+
+async def _instance(
+    session: aiohttp.ClientSession, settings: Settings, url: str, profile: str, wait_s: float
+) -> InstanceView:
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            reading = await scrape(session, url)
+            break
+        except EngineLostError as error:
+            if time.monotonic() > until:
+                hint = f"give the address of a running vLLM server ({error})"
+                raise InputError("migrator", "engines", url, hint) from error
+            await asyncio.sleep(0.5)
+    size = {"kv_blocks": reading.blocks, "block_tokens": reading.block_tokens} if reading.blocks else {}
+    limits = {"max_seqs": settings.max_seqs, "token_budget": settings.token_budget}
+    return InstanceView(InstanceSettings.of(profile, migrates=True, **size, **limits))

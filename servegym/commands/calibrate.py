@@ -1,0 +1,127 @@
+"""`servegym calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+from servegym.commands.profile import Show
+from servegym.errors import InputError
+from servegym.files import check_folder, command_line, say
+from servegym.flags import check_seed
+from servegym.runtime.calibrate.calibration import Options, calibrate
+from servegym.runtime.calibrate.machine import DTYPES, check_device, this_machine
+from servegym.runtime.calibrate.report import PLOTS, write
+from servegym.runtime.calibrate.shapes import Limits
+from servegym.runtime.engine.config import load_config
+from servegym.runtime.engine.model import Transformer
+
+# token budget, sequences, context, KV blocks; None: what fits into the device's memory.
+DEFAULTS = {"cpu": (256, 16, 1024, 1024), "cuda": (2048, 256, 8192, None)}
+MEMORY_SHARE = 0.85  # of what the weights leave, for the KV pools; the rest is for activations
+
+
+@dataclass(kw_only=True)
+class Command:
+    """Measure the runtime on this machine and write a cost profile.
+
+    Times whole iterations of many shapes in random order, fits the profile's tables to most of them and holds
+    the rest back for its error; measures copies to host memory and between instances, too. Writes
+    profile.json, config.json, measurements.json, report.md and plots.
+    """
+
+    device: str = "cpu"
+    """cpu or cuda."""
+    model: Annotated[str, tyro.conf.arg(aliases=("-m",))] = "cpu-llama"
+    """llama-3.1-8b, qwen3-8b, cpu-llama, cpu-qwen3, or the path of a Hugging Face config.json; random
+    weights."""
+    dtype: str | None = None
+    """float32 or bfloat16; by default float32 on the CPU, bfloat16 on CUDA."""
+    neighbours: int = 1
+    """Instances that iterate at the same time, the measured one included: as many as will share the
+    machine."""
+    token_budget: int | None = None
+    """Most tokens of an iteration; 256 on the CPU, 2048 on CUDA."""
+    max_seqs: int | None = None
+    """Most requests of an iteration; 16 on the CPU, 256 on CUDA."""
+    max_context: int | None = None
+    """Longest request in tokens; 1024 on the CPU, 8192 on CUDA."""
+    kv_blocks: int | None = None
+    """Blocks of the KV pool; 1024 on the CPU, what fits on CUDA."""
+    block_tokens: int = 16
+    """Tokens of a block."""
+    swap_group: int = 16
+    """Blocks that a copy to host memory carries, beside copies of single blocks."""
+    size: int = 40
+    """Random shapes of each kind to fit; half as many are held out."""
+    rounds: int = 7
+    """Times that each shape is measured."""
+    threads: int = 1
+    """CPU threads of an iteration."""
+    seed: int = 0
+    """Of shapes, order, weights and token ids."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=("-o",))] = None
+    """Folder to write; runs/calibrate/DEVICE-MODEL by default."""
+
+    def run(self) -> int:
+        """Measure, write, show."""
+        check_device(self.device)
+        check_seed("calibrate", self.seed)
+        for name in ("neighbours", "block_tokens", "swap_group", "size", "rounds", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError("calibrate", name, getattr(self, name), "must be at least 1")
+        config = load_config(self.model)
+        folder = Path(self.output or f"runs/calibrate/{self.device}-{config.name}")
+        check_folder(str(folder))
+        self._limits(1)  # refuses what cannot be before gigabytes of weights are made
+        torch.set_num_threads(self.threads)
+        model = Transformer(config, self.device, self.dtype or DTYPES[self.device], self.seed)
+        options = Options(
+            limits=self._limits(self._fitting(model)),
+            neighbours=self.neighbours,
+            rounds=self.rounds,
+            size=self.size,
+            swap_group=self.swap_group,
+            seed=self.seed,
+        )
+        with Console(stderr=True).status("calibrate") as status:
+            found = calibrate(
+                model,
+                this_machine(self.device),
+                options,
+                name=folder.name,
+                command=command_line(),
+                progress=lambda text: status.update(f"calibrate: {text}"),
+            )
+        files = write(found, config.raw, folder)
+        Show(str(folder / "profile.json")).run()
+        if len(files) < 4 + len(PLOTS):
+            say("no plots: pip install 'servegym[plots]'")
+        say(f"written: {' '.join(map(str, files))}")
+        return 0
+
+    def _limits(self, fitting: int) -> Limits:
+        budget, seqs, context, blocks = DEFAULTS[self.device]
+        context = context if self.max_context is None else self.max_context
+        least = -(-context // self.block_tokens)
+        return Limits(
+            token_budget=budget if self.token_budget is None else self.token_budget,
+            max_seqs=seqs if self.max_seqs is None else self.max_seqs,
+            max_context=context,
+            kv_blocks=self.kv_blocks if self.kv_blocks is not None else blocks or max(fitting, least),
+            block_tokens=self.block_tokens,
+        )
+
+    def _fitting(self, model: Transformer) -> int:
+        """Blocks of each of the pools that fit beside the weights; one more is the target of migrations."""
+        if self.device != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info()
+        itemsize = model.dtype.itemsize
+        block = model.config.geometry(itemsize).kv_bytes_per_token * self.block_tokens
+        return int(MEMORY_SHARE * free / block / (self.neighbours + 1))

@@ -1,0 +1,77 @@
+"""Decode attention against its reference; the Triton kernel by Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+from servegym.runtime.engine.attention import gathered_decode, plain_decode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [  # heads, kv_heads, head_dim, block_tokens, table width
+    (8, 2, 64, 16, 12),
+    (4, 4, 16, 1, 70),
+    (6, 2, 32, 4, 60),
+    (8, 2, 128, 16, 9),
+]
+
+
+def case(heads, kv_heads, dim, block_tokens, width, dtype, device="cpu"):
+    """Three requests of the least, the most and some context, in scattered blocks among others' garbage."""
+    generator = torch.Generator().manual_seed(heads)
+    blocks = 3 * width + 2
+    cache = torch.randn(2, blocks, block_tokens, kv_heads, dim, generator=generator).to(device, dtype)
+    q = torch.randn(3, heads, dim, generator=generator).to(device, dtype)
+    tables = torch.randperm(blocks, generator=generator)[: 3 * width].view(3, width).to(device)
+    lengths = torch.tensor([1, width * block_tokens, width * block_tokens // 2 + 1], dtype=torch.int32)
+    return q, *cache, tables, lengths.to(device)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gathered_decode(shape):
+    q, keys, values, tables, lengths = case(*shape, torch.float32)
+    mask = torch.arange(tables.shape[1] * keys.shape[1]) < lengths[:, None]
+    out = gathered_decode(q, keys, values, tables, mask[:, None, None])
+    torch.testing.assert_close(out, plain_decode(q, keys, values, tables, lengths), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def paged_decode():
+    """The kernel, compiled for a GPU or interpreted."""
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    pytest.importorskip("triton")
+    from servegym.runtime.engine import paged_decode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_decode, "LEAST_TOKENS", 64)  # contexts that an interpreter can do have parts, too
+        yield paged_decode.paged_decode
+
+
+# The interpreter multiplies the bits of bfloat16 as integers; on a GPU it is what models use.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_paged_decode(paged_decode, shape, dtype):
+    q, keys, values, tables, lengths = case(*shape, dtype, DEVICE)
+    out = paged_decode(q, keys, values, tables, lengths)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    expected = plain_decode(q, keys, values, tables, lengths)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_paged_decode_reads_no_further_than_it_should(paged_decode):
+    """Neither blocks beyond a request's length nor table entries that name none."""
+    q, keys, values, tables, lengths = case(4, 2, 64, 16, 10, torch.float32, DEVICE)
+    expected = paged_decode(q, keys, values, tables, lengths)
+    used = -(-lengths // 16)
+    mine = torch.cat([table[:n] for table, n in zip(tables, used.tolist(), strict=True)])
+    spoiled = torch.ones(len(keys), dtype=torch.bool, device=DEVICE)
+    spoiled[mine] = False
+    for cache in (keys, values):
+        cache[spoiled] = float("nan")
+    for table, n in zip(tables, used.tolist(), strict=True):
+        table[n:] = 10**6
+    assert torch.equal(paged_decode(q, keys, values, tables, lengths), expected)

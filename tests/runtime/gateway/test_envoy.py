@@ -1,0 +1,292 @@
+"""A real Envoy in front of fake engines: `make test-envoy`."""
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+import servegym.runtime.gateway.envoy as envoy_module
+from servegym.errors import InputError
+from servegym.runtime.gateway.envoy import HOLD, Envoy
+from servegym.runtime.gateway.serve import Gateway
+from servegym.runtime.gateway.settings import parse_endpoints
+from tests.runtime.gateway.engines import EVENT, FakeEngine
+from tests.runtime.gateway.running import QUICK, free_port, until
+from tests.runtime.gateway.test_gateway import STREAM, TOKENS, WHOLE, books_are_empty, run
+
+pytestmark = pytest.mark.envoy
+
+
+class Client:
+    """What a client of the gateway sees."""
+
+    def __init__(self, gateway: Gateway, session: aiohttp.ClientSession) -> None:
+        self._url, self._session = f"http://127.0.0.1:{gateway.settings.port}", session
+
+    async def post(self, ask: dict | bytes, **headers: str) -> tuple[int, bytes, bool]:
+        """Status, body, and whether it is whole."""
+        data = ask if isinstance(ask, bytes) else json.dumps(ask).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self._session.post(f"{self._url}/v1/completions", data=data, headers=named) as answer:
+            body = b""
+            try:
+                async for piece in answer.content.iter_any():
+                    body += piece
+            except aiohttp.ClientPayloadError:
+                return answer.status, body, False
+            self.headers = answer.headers
+            return answer.status, body, True
+
+    async def get(self, path: str) -> int:
+        async with self._session.get(self._url + path) as answer:
+            return answer.status
+
+
+@asynccontextmanager
+async def behind_envoy(*engines: FakeEngine, policy="least_request", **flags) -> AsyncIterator[tuple]:
+    for engine in engines:
+        await engine.start()
+    settings = replace(
+        QUICK,
+        engines=tuple(engine.url for engine in engines),
+        envoy=True,
+        port=free_port(),
+        picker_port=free_port(),
+        metrics_port=free_port(),
+        **flags,
+    )
+    gateway, ready = Gateway(settings, policy), asyncio.Event()
+    task = asyncio.create_task(gateway.run(ready.set))
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        waiting.cancel()
+        await task
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        try:
+            yield gateway, Client(gateway, session), task
+        finally:
+            gateway.stop()
+            try:
+                await asyncio.wait_for(task, 30)
+            finally:
+                for engine in engines:
+                    await engine.stop()
+
+
+@pytest.mark.parametrize("watch_per_s", [0.0, 1e6])
+def test_requests_are_spread_and_answered_unchanged(watch_per_s):
+    async def test():
+        a, b = FakeEngine(first_s=0.5), FakeEngine(first_s=0.5)
+        async with behind_envoy(a, b, watch_per_s=watch_per_s) as (gateway, client, _):
+            answers = await asyncio.gather(*(client.post(STREAM) for _ in range(20)))
+            assert answers == [(200, TOKENS, True)] * 20
+            assert min(len(a.served), len(b.served)) >= 8
+            assert a.served[0] == STREAM
+            status, body, _ = await client.post(WHOLE)
+            assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 5)
+            assert await client.get("/v1/models") == 200
+            await until(lambda: books_are_empty(gateway))
+            counts = gateway.picker.decider.counts
+            assert counts["answered"] == 21
+            learns = watch_per_s > 0
+            assert (gateway.picker.books.engines[0].tpot_ratio != 1.0) == learns
+
+    run(test)
+
+
+def test_the_head_of_a_stream_waits_for_its_first_token():
+    async def test():
+        a = FakeEngine(first_s=0.4, gap_s=0.2)
+        async with behind_envoy(a) as (gateway, client, _):
+            task = asyncio.create_task(client.post(STREAM))
+            await until(lambda: a.running)
+            flight = next(iter(gateway.picker.books.flights.values()))
+            await asyncio.sleep(0.2)
+            assert not flight.has_begun
+            await until(lambda: flight.has_begun)
+            assert flight.request.streamed_tokens <= 2  # and the rest comes as it is made
+            assert await task == (200, TOKENS, True)
+
+    run(test)
+
+
+def test_an_engine_that_dies_under_load_loses_nothing_that_had_not_begun():
+    async def test():
+        a, b = FakeEngine(first_s=0.5), FakeEngine(first_s=0.5)
+        async with behind_envoy(a, b) as (gateway, client, _):
+            tasks = [asyncio.create_task(client.post(STREAM if k % 2 else WHOLE)) for k in range(60)]
+            await until(lambda: a.running + b.running == 60)
+            await a.stop()
+            answers = await asyncio.gather(*tasks)
+            assert [(status, whole) for status, _, whole in answers] == [(200, True)] * 60
+            assert all(body == TOKENS or b"usage" in body for _, body, _ in answers)
+            assert b.answered == 60
+            await until(lambda: not gateway.picker.books.view.instances[0].available)
+            assert (await client.post(STREAM))[0] == 200
+            await until(lambda: books_are_empty(gateway))
+
+    run(test)
+
+
+def test_an_engine_whose_core_died_answers_500_and_the_request_goes_on():
+    async def test():
+        a, b = FakeEngine(status=500), FakeEngine()
+        async with behind_envoy(a, b) as (_, client, _):
+            answers = [await client.post(STREAM) for _ in range(4)]
+            assert answers == [(200, TOKENS, True)] * 4
+
+    run(test)
+
+
+def test_a_request_that_no_engine_takes_gets_the_engine_s_answer():
+    async def test():
+        a, b = FakeEngine(status=400), FakeEngine(status=400)
+        async with behind_envoy(a, b) as (_, client, _):
+            assert (await client.post(STREAM))[:2] == (400, b'{"error": "no"}')
+            assert len(a.bodies) + len(b.bodies) == 1
+
+    run(test)
+
+
+def test_a_stream_that_breaks_off_ends_there_and_is_not_sent_again():
+    async def test():
+        a, b = FakeEngine(die_after=2, gap_s=0.1), FakeEngine(die_after=2, gap_s=0.1)
+        async with behind_envoy(a, b) as (gateway, client, _):
+            assert await client.post(STREAM) == (200, EVENT * 2, False)
+            assert len(a.served) + len(b.served) == 1
+            await until(lambda: books_are_empty(gateway))
+
+    run(test)
+
+
+def test_an_engine_that_hangs_costs_an_idle_time_out():
+    async def test():
+        a, b = FakeEngine(), FakeEngine()
+        async with behind_envoy(a, b, idle_timeout_s=0.5, scrape_s=60.0) as (_, client, _):
+            a.hang = True
+            answers = await asyncio.gather(*(client.post(STREAM) for _ in range(4)))
+            assert answers == [(200, TOKENS, True)] * 4
+            assert b.answered == 4
+
+    run(test)
+
+
+def test_when_all_engines_hang_504():
+    async def test():
+        a = FakeEngine()
+        async with behind_envoy(a, request_timeout_s=0.5, scrape_s=60.0) as (gateway, client, _):
+            a.hang = True
+            assert (await client.post(STREAM))[0] == 504
+            await until(lambda: books_are_empty(gateway))
+
+    run(test)
+
+
+def test_shed_unavailable_and_too_large():
+    async def test():
+        a = FakeEngine(waiting=50)
+        async with behind_envoy(a, max_body_mib=1) as (gateway, client, _):
+            status, body, _ = await client.post({**STREAM, "priority": 1})
+            assert (status, json.loads(body)["error"]["code"], client.headers["retry-after"]) == (
+                429,
+                429,
+                "1",
+            )
+            assert (await client.post(b"x" * (2 << 20)))[0] == 413
+            await a.stop()
+            await until(lambda: not gateway.picker.books.view.instances[0].available)
+            assert (await client.post(STREAM))[0] == 503
+
+    run(test)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff" * 1000, b"[" * 50_000])
+def test_bodies_that_cannot_be_read_are_the_engine_s_to_judge(body):
+    async def test():
+        a = FakeEngine(status=400)
+        async with behind_envoy(a) as (_, client, _):
+            assert (await client.post(body))[:2] == (400, b'{"error": "no"}')
+            assert a.bodies == [body]
+
+    run(test)
+
+
+def test_without_its_picker_envoy_goes_on():
+    async def test():
+        a, b = FakeEngine(), FakeEngine()
+        async with behind_envoy(a, b) as (gateway, client, _):
+            await gateway._server.stop(0)
+            answers = await asyncio.gather(*(client.post(STREAM) for _ in range(6)))
+            assert answers == [(200, TOKENS, True)] * 6
+
+    run(test)
+
+
+def test_a_picker_that_stalls_holds_nothing_up_for_longer_than_its_time():
+    async def test():
+        a = FakeEngine()
+        async with behind_envoy(a) as (gateway, client, _):
+            original = gateway.picker.pick
+
+            def slow(*arguments):
+                time.sleep(1.0)
+                return original(*arguments)
+
+            gateway.picker.pick = slow
+            begin = asyncio.get_running_loop().time()
+            assert (await client.post(STREAM))[:2] == (200, TOKENS)
+            assert asyncio.get_running_loop().time() - begin < 3.0
+
+    run(test)
+
+
+def test_draining_lets_requests_end_and_takes_no_new_ones():
+    async def test():
+        a = FakeEngine(first_s=0.5)
+        async with behind_envoy(a) as (gateway, client, task):
+            slow = asyncio.create_task(client.post(STREAM))
+            await until(lambda: a.running)
+            gateway.stop()
+            assert await slow == (200, TOKENS, True)
+            assert await asyncio.wait_for(task, 20) == 0
+            with pytest.raises(aiohttp.ClientConnectorError):
+                await client.post(STREAM)
+
+    run(test)
+
+
+def test_envoy_s_end_ends_the_gateway():
+    async def test():
+        async with behind_envoy(FakeEngine()) as (gateway, _, task):
+            os.kill(gateway.envoy.pid, signal.SIGKILL)
+            assert await asyncio.wait_for(task, 20) == 1
+
+    run(test)
+
+
+def test_a_taken_port_is_told():
+    async def test():
+        a = await FakeEngine().start()
+        settings = replace(QUICK, engines=(a.url,), envoy=True, port=a.port)
+        with pytest.raises(InputError, match=f"port {a.port}"):
+            await Envoy.start(settings, parse_endpoints(settings.engines))
+        await a.stop()
+
+    run(test)
+
+
+def test_the_filter_is_what_its_source_says():
+    from wasmtime import wat2wasm
+
+    source = Path(envoy_module.__file__).with_name("hold.wat").read_text(encoding="utf-8")
+    assert base64.b64decode(HOLD) == wat2wasm(source)

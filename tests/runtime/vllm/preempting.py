@@ -1,0 +1,107 @@
+"""Run by the interpreter that has vLLM; prints JSON.
+
+    preempting.py MODEL PROFILE POLICY ...   the policies one after the other in one engine's scheduler
+    preempting.py MODEL                      vLLM's own scheduler
+
+The KV cache is far too small for the requests together. Before the policies come the same requests six at a
+time, which preempts nothing. vLLM starts one engine a process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, ClassVar
+
+from vllm import LLM, SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from servegym.runtime.vllm.order import ShortestFirst
+from servegym.runtime.vllm.scheduler import ServeGymScheduler
+
+REQUESTS, SOME, OUTPUT, BLOCKS = 108, 30, 40, 13
+
+
+class Recorder(ServeGymScheduler):
+    """Notes what was asked for and who gave way."""
+
+    log: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        decide = self._decider.decide
+
+        def noting(question: Any) -> Any:
+            answered = self._decider.counts["answered"]
+            action = decide(question)
+            fell_back = self._decider.counts["answered"] == answered
+            held = {r.request_id: r.num_computed_tokens for r in self.running}
+            own = question.actions[0].key
+            self.log.append({"asked": action.key, "held": held, "own": own, "fell_back": fell_back})
+            return action
+
+        self._decider.decide = noting  # type: ignore[method-assign]
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        self.log.append({"gone": request.request_id, "priority": request.priority})
+        super()._preempt_request(request, *args, **kwargs)
+        self.log[-1]["priority_after"] = request.priority
+
+
+class Stock(AsyncScheduler):
+    """Counts."""
+
+    preemptions = 0
+
+    def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
+        Stock.preemptions += 1
+        super()._preempt_request(*args, **kwargs)
+
+
+# Prompts of nearly a block of 128 tokens: soon after admission all want a second one.
+PROMPTS = [
+    {"prompt_token_ids": [(7 * k + 3 * j) % 1000 for j in range(108 + k % 18)]} for k in range(REQUESTS)
+]
+SAMPLING = [
+    SamplingParams(temperature=0, max_tokens=OUTPUT + 5 * (k % 7), ignore_eos=True) for k in range(REQUESTS)
+]
+
+
+def play(model: str, profile: str, policies: list[str]) -> dict[str, Any]:
+    config = {"servegym": {"policy": policies[0], "profile": profile, "budget_us": 1e5}}
+    llm = start(model, Recorder, additional_config=config)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    groups = [answers(llm, slice(k, k + 6)) for k in range(0, REQUESTS, 6)]
+    found: dict[str, Any] = {"quiet": [t for group in groups for t in group], "runs": {}}
+    found["noise"] = len(Recorder.log)
+    for policy in policies:
+        scheduler._decider.reload(policy)
+        Recorder.log.clear()
+        tokens = answers(llm, slice(None))
+        found["runs"][policy] = {"tokens": tokens, "log": list(Recorder.log), "numbers": scheduler.numbers()}
+    scheduler.waiting = ShortestFirst(scheduler._engine.left_tokens)
+    found["shortest"] = answers(llm, slice(0, SOME))
+    return found
+
+
+def play_stock(model: str) -> dict[str, Any]:
+    tokens = answers(start(model, Stock), slice(None))
+    return {"tokens": tokens, "preemptions": Stock.preemptions}
+
+
+def start(model: str, scheduler: type, **settings: Any) -> LLM:
+    return LLM(
+        model, dtype="float32", max_model_len=1024, max_num_seqs=16, enforce_eager=True,
+        num_gpu_blocks_override=BLOCKS, enable_prefix_caching=False, disable_log_stats=True,
+        scheduler_cls=scheduler, scheduling_policy="priority", **settings,
+    )  # fmt: skip
+
+
+def answers(llm: LLM, some: slice) -> list[list[int]]:
+    outputs = llm.generate(PROMPTS[some], SAMPLING[some], use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+if __name__ == "__main__":
+    model, *rest = sys.argv[1:]
+    print("\n" + json.dumps(play(model, rest[0], rest[1:]) if rest else play_stock(model)))
