@@ -8,6 +8,7 @@ and a kernel loads the words that it uses.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, TypeVar
 
 from llvmlite import ir
@@ -26,7 +27,9 @@ class ByAddress(types.Type):
 
     def __init__(self, fields: Any) -> None:
         self.fields = fields
-        super().__init__(f"address of {fields}")
+        # Symbols are named after types: by their fields worlds would have names of thousands of letters.
+        digest = hashlib.sha256(str(fields).encode()).hexdigest()[:16]
+        super().__init__(f"{fields.instance_class.__name__}_{digest}")
 
 
 @register_model(ByAddress)
@@ -45,7 +48,7 @@ class _Fields(AttributeTemplate):
 
 
 def by_address(named_tuple: _Class) -> _Class:
-    """Let kernels take this class of named tuples by address; its fields are arrays, numbers, or such tuples."""
+    """Let kernels take this class of named tuples by address. Fields: arrays, numbers, or such tuples."""
 
     @typeof_impl.register(named_tuple)
     def type_of(value: Any, context: Any) -> ByAddress:

@@ -120,7 +120,7 @@ def start_frame(world, frame, l):
     """Write what stays the same for the whole episode; call it after the lane's restart."""
     frame.instances[l] = 0.0
     frame.instance_mask[l] = 0
-    blank(frame, l, DISPATCH)
+    blank(frame, l, np.int64(DISPATCH))
     lane = world.lane[l]
     for i in range(lane.instances):
         setting = world.setting[lane.fleet, i]
@@ -152,7 +152,7 @@ def blank(frame, l, kind):
 @kernel
 def observe_end(world, frame, l):
     """The observation after the last request: the same instances, idle, and nothing to decide."""
-    blank(frame, l, DISPATCH)
+    blank(frame, l, np.int64(DISPATCH))
     observe_instances(world, frame, l)
 
 
@@ -177,7 +177,7 @@ def observe_dispatch(world, frame, l):
     row = world.row[lane.first_row + r]
     lane.default = default_instance(world, l)
     if frame.kind[l] != DISPATCH:
-        blank(frame, l, DISPATCH)
+        blank(frame, l, np.int64(DISPATCH))
     _arrivals(world, frame, l, r)
     write_request(world, frame, l, 0, r)
     frame.requests[l, 0, LEFT] = row.predicted
