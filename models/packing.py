@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster import schema
+from servegym.envs.cluster.address import by_address
 from servegym.models.features import IS_LOG, SCALE, WIDTH
 from servegym.models.simd import ROWS
 from servegym.models.simd import WIDTH as COLUMNS
@@ -18,6 +19,7 @@ from servegym.models.simd import WIDTH as COLUMNS
 _CONTEXT = WIDTH["globals"] + WIDTH["history"]
 
 
+@by_address
 class Weights(NamedTuple):
     """The network's parameters as float32 arrays [in, out], padded with zeros to P = H rounded up to 16.
 
@@ -49,6 +51,7 @@ class Weights(NamedTuple):
     value_out_bias: np.ndarray  # [1]
 
 
+@by_address
 class Scratch(NamedTuple):
     """Memory between the layers, float32 unless said otherwise; rows are rounded up to 4."""
 

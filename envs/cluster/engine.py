@@ -43,6 +43,7 @@ from servegym.envs.cluster.state import (
     FINISH,
     GAP,
     NEVER,
+    NOBODY,
     NONE,
     OFFSET,
     ORDER,
@@ -426,8 +427,8 @@ def settle(world, l, i):
         inst.preempted = 0
         inst.phase = _SYNCHRONOUS
     _drop_finished(world, l, i, inst.leaving)
-    inst.leaving, inst.leaving_count = NONE, 0
-    if inst.until == NEVER and schedule(world, l, i, now, now, 0):
+    inst.leaving, inst.leaving_count = NONE, NOBODY
+    if inst.until == NEVER and schedule(world, l, i, now, now, NOBODY):
         return True
     inst.phase = 0
     return False

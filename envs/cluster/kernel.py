@@ -19,6 +19,9 @@ from typing import Any
 
 import numba
 
+from servegym.envs.cluster.address import by_address
+from servegym.envs.cluster.state import World
+
 _ROOM = Path(__file__).resolve().parent.parent
 _CONFIG: Any = numba.config  # a module that makes its names as it is imported
 
@@ -26,7 +29,7 @@ _CONFIG: Any = numba.config  # a module that makes its names as it is imported
 def _cache_folder(more: Sequence[str]) -> str:
     """Folder of the compiled kernels of exactly these sources, and of the constants that they compile in."""
     digest = hashlib.sha256(numba.__version__.encode())
-    constants = [_ROOM / "cluster" / name for name in ("kernel.py", "schema.py", "state.py")]
+    constants = [_ROOM / "cluster" / name for name in ("address.py", "kernel.py", "schema.py", "state.py")]
     sources = [_ROOM / "costs" / "model.py", _ROOM / "scenario.py", *constants, *map(Path, more)]
     for path in (_ROOM / "cluster").glob("*.py"):
         if b"cluster.kernel import" in path.read_bytes():
@@ -75,3 +78,4 @@ def decorators(*sources: str) -> tuple[Callable[[Callable], Any], Callable[[Call
 
 
 kernel, inlined = decorators()
+by_address(World)  # not in state.py, which goes without numba

@@ -12,7 +12,7 @@ from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.memory import fits, room
 from servegym.envs.cluster.running import cut
 from servegym.envs.cluster.scrape import scrape, start_scrape
-from servegym.envs.cluster.state import BUDGET, DISPATCH, END, MIGRATE, MOVE, NEVER, NONE
+from servegym.envs.cluster.state import BUDGET, DISPATCH, END, MIGRATE, MOVE, NEVER, NOBODY, NONE
 
 AGENT, ROUND_ROBIN, LEAST_REQUEST = 0, 1, 2
 RATE_MEMORY_S = 10.0
@@ -163,7 +163,7 @@ def dispatch(world, l, i):
     inst.predicted_tokens += row.predicted
     waiting.enqueue(world, l, i, r)
     if inst.until == NEVER:
-        engine.schedule(world, l, i, now, now, 0)
+        engine.schedule(world, l, i, now, now, NOBODY)
     else:
         cut(world, l, i, now)
 

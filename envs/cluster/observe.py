@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster import prefix, schema
+from servegym.envs.cluster.address import by_address
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.lane import RATE_MEMORY_S, default_instance
 from servegym.envs.cluster.memory import fits
@@ -47,6 +48,7 @@ INSTANCES, ARRIVAL_RATE, ARRIVAL_TOKENS, SINCE_LAST, ALL_INFLIGHT = range(len(sc
 SECOND = 1.0 / PS
 
 
+@by_address
 class Frame(NamedTuple):
     """Observations of L lanes: the arrays of `schema` with a leading lane dimension.
 
@@ -118,7 +120,7 @@ def start_frame(world, frame, l):
     """Write what stays the same for the whole episode; call it after the lane's restart."""
     frame.instances[l] = 0.0
     frame.instance_mask[l] = 0
-    blank(frame, l, DISPATCH)
+    blank(frame, l, np.int64(DISPATCH))
     lane = world.lane[l]
     for i in range(lane.instances):
         setting = world.setting[lane.fleet, i]
@@ -150,7 +152,7 @@ def blank(frame, l, kind):
 @kernel
 def observe_end(world, frame, l):
     """The observation after the last request: the same instances, idle, and nothing to decide."""
-    blank(frame, l, DISPATCH)
+    blank(frame, l, np.int64(DISPATCH))
     observe_instances(world, frame, l)
 
 
@@ -175,7 +177,7 @@ def observe_dispatch(world, frame, l):
     row = world.row[lane.first_row + r]
     lane.default = default_instance(world, l)
     if frame.kind[l] != DISPATCH:
-        blank(frame, l, DISPATCH)
+        blank(frame, l, np.int64(DISPATCH))
     _arrivals(world, frame, l, r)
     write_request(world, frame, l, 0, r)
     frame.requests[l, 0, LEFT] = row.predicted

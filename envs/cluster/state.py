@@ -14,6 +14,7 @@ PS = 1_000_000_000_000  # picoseconds of a second
 # Typed by numpy, since a literal would compile kernels once more; kernels mix them with plain integers.
 NEVER: Any = np.int64(2**62)
 NONE: Any = np.int64(-1)
+NOBODY: Any = np.int64(0)  # a count of requests
 
 # Kinds of questions, as in schema.KINDS, and the end of an episode.
 DISPATCH, PREEMPT, MIGRATE, MOVE, BUDGET = range(5)

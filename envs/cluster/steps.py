@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from servegym.envs.cluster import engine
+from servegym.envs.cluster.address import by_address
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.lane import AGENT, advance, close_tick, dispatch, move, restart, take_pair
 from servegym.envs.cluster.observe import PREFILL_CAP, SWAP, copy_frame, observe_end, start_frame
@@ -23,6 +24,7 @@ from servegym.envs.cluster.scrape import mix
 from servegym.envs.cluster.state import DISPATCH, END, LANE, MIGRATE, MOVE, NONE, PREEMPT, PS, World
 
 
+@by_address
 class Rules(NamedTuple):
     """Who answers, and how episodes are chosen, rewarded and ended.
 
@@ -45,6 +47,7 @@ class Rules(NamedTuple):
     params: np.ndarray
 
 
+@by_address
 class Transition(NamedTuple):
     """What a step returns beside the observation; arrays [L]."""
 
@@ -54,6 +57,7 @@ class Transition(NamedTuple):
     truncated: np.ndarray
 
 
+@by_address
 class Finished(NamedTuple):
     """The latest finished episode of each lane: the fields of World that records are made of."""
 

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from servegym.envs.cluster.address import by_address
 from servegym.envs.cluster.crew import Crew
 from servegym.envs.cluster.decisions import (
     divide,
@@ -45,6 +46,7 @@ BANK_SEED = 0
 Scenarios = Scenario | str | Sequence[Scenario | str]
 
 
+@by_address
 class Lanes(NamedTuple):
     """The environment's own memory, as the kernels of `steps` take it: for roll-outs inside a kernel."""
 
