@@ -30,6 +30,7 @@ from servegym.agents.task import Task, read_task
 from servegym.envs.cluster.decisions import kinds_of
 from servegym.envs.cluster.schema import schema_hash
 from servegym.errors import InputError
+from servegym.models.features import ARRAYS
 
 FORMAT = 3
 MANIFEST, WEIGHTS, GRAPH, GOLDEN, CARD = (
@@ -99,8 +100,11 @@ class BundlePolicy:
                 if len(self._bound) == MOST_SHAPES:
                     self._bound.clear()
                 bound = self._bound[shape] = _Bound(self._session, self.rows, *shape)
-            for lane in range(lanes):
-                out[lane] = bound.run(obs, lane)
+            if lanes == 1:
+                out[0] = bound.run(obs)
+            else:
+                for lane in range(lanes):
+                    out[lane] = bound.run({name: obs[name][lane : lane + 1] for name in ARRAYS})
         return out
 
     def act(self, obs: Observation) -> np.ndarray:
@@ -130,10 +134,10 @@ class _Bound:
         self._values.append(onnxruntime.OrtValue.ortvalue_from_numpy(self._logits))
         self._binding.bind_ortvalue_output("logits", self._values[-1])
 
-    def run(self, obs: Observation, lane: int) -> np.ndarray:
-        """Scores of a lane's candidates, [C], overwritten by the next run."""
+    def run(self, obs: Observation) -> np.ndarray:
+        """Scores of the candidates of one lane, [C], overwritten by the next run."""
         for name, array in self._inputs:
-            array[...] = obs[name][lane : lane + 1]
+            array[...] = obs[name]
         self._session.run_with_iobinding(self._binding)
         return self._logits[:, 0]
 
