@@ -33,6 +33,11 @@ def test_commands_parse(line):
     parses(line)
 
 
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("servegym ")])
+def test_commands_of_the_console_script_parse(line):
+    parse_command(shlex.split(line)[1:])
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_commands_of_make_train_parse(tmp_path):
     make = ["make", "--dry-run", "--no-print-directory", "-C", str(ROOT), "train", f"VENV={tmp_path}"]
