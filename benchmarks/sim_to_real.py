@@ -65,7 +65,7 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 LIMITS = Limits(token_budget=128, max_seqs=8, max_context=160, kv_blocks=128, block_tokens=16)
-ROUNDS, SIZE, CYCLES = 2, 30, 4
+ROUNDS, SIZE, CYCLES = 2, 30, 3
 POLICIES = (
     "round_robin",
     "random",
