@@ -225,7 +225,7 @@ class _Builder:
         return g.relu(g.product(both, weights, g.constant(self.w[f"{name}pool.bias"])))
 
     def _model(self) -> onnx.ModelProto:
-        shapes = {
+        shapes: dict[str, tuple[int, list[str | int]]] = {
             "instances": (TensorProto.FLOAT, ["instances", WIDTH["instances"]]),
             "requests": (TensorProto.FLOAT, [self.r, WIDTH["requests"]]),
             "candidates": (TensorProto.INT32, ["candidates", 3]),

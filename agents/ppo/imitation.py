@@ -8,10 +8,11 @@ network learns from states that it leads to. The value head learns the returns o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from servegym.agents.play import Watcher
@@ -42,7 +43,7 @@ def imitate(model: PPO, teacher: Policy, updates: int) -> list[float]:
     env = model.vector_env
     if model.num_timesteps:
         raise InputError("imitation", "decisions", model.num_timesteps, "imitate before PPO, not during it")
-    if teacher.needs_oracle and "oracle" not in env.single_observation_space.spaces:
+    if teacher.needs_oracle and "oracle" not in cast(spaces.Dict, env.single_observation_space).spaces:
         raise InputError(
             "imitation", "teacher", teacher.name, "reads the oracle; make the environment with it"
         )

@@ -42,7 +42,7 @@ class _Address(PrimitiveModel):
 class _Fields(AttributeTemplate):
     key = ByAddress
 
-    def generic_resolve(self, kind: Any, name: str) -> Any:
+    def generic_resolve(self, kind: Any, name: str) -> Any:  # type: ignore[override]
         names = kind.fields.fields
         return kind.fields[names.index(name)] if name in names else None
 

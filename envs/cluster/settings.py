@@ -110,7 +110,7 @@ def setting_of_spec(
         overlap=round(profile.swap.overlap * 1000) if profile.swap else 0,
         net_call=net[0],
         net_block=net[1],
-        drain=drain if drain == NEVER else round(drain * PS),
+        drain=NEVER if spec.drain_at_s is None else round(drain * PS),
     )
 
 

@@ -125,7 +125,7 @@ def calibrate(
         if value
     }
     blank = _blank(model, machine, limits, name, shapes.axes)
-    fixed = replace(blank, overhead_us=round(overhead_s * 1e6, 2), start=start, **links)
+    fixed = replace(blank, overhead_us=round(overhead_s * 1e6, 2), start=start, **links)  # type: ignore[arg-type]
     count = len(shapes.fitted)
     parts = fit(shapes.axes, shapes.fitted, typical(seconds)[:count] - overhead_s)
     profile = with_parts(fixed, parts)

@@ -140,8 +140,8 @@ class _Tables:
         found: dict[str, Curve | Surface] = {}
         for name, axes in self.shapes.items():
             table = knots[self.where[name]].reshape([len(axis) for axis in axes])
-            make = as_surface if len(axes) > 1 else as_curve
-            found[name] = make(*(np.asarray(axis) for axis in axes), table)
+            at = [np.asarray(axis) for axis in axes]
+            found[name] = as_surface(at[0], at[1], table) if len(at) > 1 else as_curve(at[0], table)
         return Parts(**found)  # type: ignore[arg-type]
 
 
