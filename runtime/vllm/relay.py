@@ -114,6 +114,10 @@ class Relay:
         params: dict[str, Any] | None = None
         while not self.splice.finished:
             try:
+                await self._settle()
+                if self.splice.is_exhausted():
+                    yield self.splice.exhaust()
+                    return
                 leg = await self._open(params)
                 try:
                     async for piece in self._read(leg):
@@ -123,12 +127,10 @@ class Relay:
             except (EngineLostError, EngineRefusedError) as error:
                 if not self.splice.is_exhausted():
                     await self._replace(error)
-            if self.splice.is_exhausted() and not self.splice.finished:
-                yield self.splice.exhaust()
-            params = await self._switch() if not self.splice.finished else None
+            ended = self.splice.finished or self.splice.is_exhausted()
+            params = None if ended else await self._switch()
 
     async def _open(self, params: dict[str, Any] | None) -> Leg:
-        await self._settle()
         self.splice.begin_leg()
         body = self._body()
         if params is not None:
@@ -140,11 +142,12 @@ class Relay:
         splice, desk = self.splice, self._desk
         if not splice.doubtful:
             return
+        count = 0
         with suppress(EngineRefusedError):  # a server without /detokenize: at worst a character is lost
             count = await count_partial(
                 desk.session, self._url(), splice.tokens, splice.doubtful, self.completion.headers
             )
-            splice.take_back(count)
+        splice.take_back(count)
 
     async def _read(self, leg: Leg) -> AsyncGenerator[Piece, None]:
         """The pieces of one leg, until the answer ends or the request is to move."""

@@ -84,8 +84,9 @@ class Splice:
         return Piece(self._show(max(self._shown, len(self._text) - self._lag)), new)
 
     def is_exhausted(self) -> bool:
-        """Whether all tokens that the client asked for are there, though no engine said so."""
-        return self._max_tokens is not None and 0 < self._max_tokens <= len(self.tokens)
+        """Whether all tokens that the client asked for are there, their text included, though no engine said so."""
+        most = self._max_tokens
+        return most is not None and not self.doubtful and 0 < most <= len(self.tokens)
 
     def exhaust(self) -> Piece:
         """End an exhausted answer whose engine died before it could."""

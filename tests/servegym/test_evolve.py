@@ -7,6 +7,7 @@ from safetensors.numpy import load_file
 
 from servegym.agents.evolved import read_rule
 from servegym.cli import main
+from servegym.files import command_line
 
 FLEET = "1xa100-llama-3.1-8b+1xl40s-llama-3.1-8b"
 
@@ -23,7 +24,7 @@ def test_evolved_rules_teach_networks_that_others_start_from(train_command, tmp_
     assert "mixed, generation 1: goodput" in capsys.readouterr().out
     rule = read_rule(tmp_path / "rules" / "mixed.json")
     assert (rule.system, rule.params) == ("lmetric+budget_tpot", {"factor": 1.5})
-    assert rule.weights.any() and "evolve" in rule.facts["command"]
+    assert rule.weights.any() and rule.facts["command"] == command_line()
 
     teach = ("--imitate", str(tmp_path / "rules"), "--imitate-updates", "2", "-n", "0")
     assert main(train_command(tmp_path / "a", *teach)) == 0

@@ -9,6 +9,7 @@ import pytest
 
 from servegym.agents.ppo import load_policy
 from servegym.cli import main
+from servegym.errors import InputError
 from servegym.runtime.bundle import load_bundle, read_golden
 
 FULL = """
@@ -80,7 +81,8 @@ def test_bundle_answers_every_kind_like_the_network(cluster, bundle):
         np.testing.assert_array_equal(exported.act(group), policy.act(group))
         wide = {name: rows.copy() for name, rows in group.items()}
         wide["requests"] = np.concatenate([group["requests"]] * 2, axis=1)  # rows that no answer names
-        np.testing.assert_array_equal(exported.act(wide), policy.act(group))
+        with pytest.raises(InputError, match="request rows = 16: it reads 8"):
+            exported.act(wide)
 
 
 def test_agents_bring_their_environment(room, cluster, bundle, tmp_path, refused):

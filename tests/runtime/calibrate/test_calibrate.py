@@ -6,6 +6,7 @@ import pytest
 
 from servegym.cli import main
 from servegym.envs.costs import load_profile
+from servegym.files import command_line
 
 TINY = {
     "model_type": "llama",
@@ -56,7 +57,7 @@ def test_the_folder_holds_a_profile_with_provenance_and_all_parts(calibrated):
     assert {"decode", "prefill", "mixed", "swap", "network"} <= set(origin.held_out)
     assert all(error.shapes > 0 for error in origin.held_out.values())
     assert "torch" in origin.software
-    assert any("calibrate" in note for note in origin.notes)
+    assert command_line() in origin.notes
     assert any("same time: 2" in note for note in origin.notes)
     assert profile.swap and profile.network and profile.start and profile.overhead_us > 0
     assert json.loads((calibrated / "config.json").read_text()) == TINY

@@ -1,7 +1,5 @@
 """Decode attention against its reference; the Triton kernel by Triton's interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
 
@@ -37,9 +35,7 @@ def test_gathered_decode(shape):
 
 @pytest.fixture(scope="module")
 def paged_decode():
-    """The kernel, compiled for a GPU or interpreted."""
-    if DEVICE == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    """The kernel, compiled for a GPU or interpreted (tests/conftest.py)."""
     pytest.importorskip("triton")
     from servegym.runtime.engine import paged_decode
 
