@@ -84,7 +84,7 @@ class Splice:
         return Piece(self._show(max(self._shown, len(self._text) - self._lag)), new)
 
     def is_exhausted(self) -> bool:
-        """Whether all tokens that the client asked for are there with their text, though no engine said so."""
+        """Whether all that the client asked for is there, with its text, though no engine said so."""
         most = self._max_tokens
         return most is not None and not self.doubtful and 0 < most <= len(self.tokens)
 
