@@ -124,7 +124,7 @@ class Gateway:
         if is_bundle(self.policy):
             background.append(tasks.create_task(self._watch_folder()))
         await looked.wait()
-        await server.set_ready(True)
+        server.health.set_ready(True)
         self._server = server
         return background
 
@@ -151,7 +151,7 @@ class Gateway:
     async def _drain(self) -> None:
         """No new requests; those in flight may end."""
         self.telemetry.event("draining", inflight=len(self.picker.books.flights))
-        await self._server.set_ready(False)
+        self._server.health.set_ready(False)
         if self.envoy is not None:
             await self.envoy.drain()
         deadline = self.now() + self.settings.drain_s

@@ -2,63 +2,93 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 
-import grpc
-from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
+from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from servegym.errors import InputError
 from servegym.runtime.gateway.exchange import Exchange
+from servegym.runtime.gateway.http2 import (
+    INTERNAL,
+    INVALID_ARGUMENT,
+    NOT_FOUND,
+    Call,
+    Connection,
+    RefusedError,
+)
 from servegym.runtime.gateway.telemetry import Telemetry
 
 PROCESSOR = "envoy.service.ext_proc.v3.ExternalProcessor"
+PROCESS, CHECK = f"/{PROCESSOR}/Process", "/grpc.health.v1.Health/Check"
+LIVENESS, READINESS = "liveness", "readiness"
 FRAME_BYTES = 1 << 16  # of a message around the body that it carries
+LOOK_S = 0.01  # pause between two looks at what is still open, at the end
 
 
-class Processor:
-    """Plays one `Exchange` a stream; whatever goes wrong ends that stream, and Envoy goes on without."""
+class Processing:
+    """Plays one exchange; whatever goes wrong ends it, and Envoy goes on without."""
 
-    def __init__(self, open_exchange: Callable[[], Exchange], telemetry: Telemetry) -> None:
-        self._open, self._telemetry = open_exchange, telemetry
+    def __init__(self, exchange: Exchange, telemetry: Telemetry) -> None:
+        self._exchange, self._telemetry = exchange, telemetry
 
-    async def process(
-        self, messages: AsyncIterator[ProcessingRequest | None], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[ProcessingResponse]:
-        """Answer Envoy's messages until it closes the stream."""
-        exchange = self._open()
+    def message(self, data: bytes) -> Iterator[bytes]:
+        """As of any `Call`."""
         try:
-            async for message in messages:
-                if message is None:
-                    self._telemetry.count("malformed")
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this is no ProcessingRequest")
-                    return
-                for response in exchange.answer(message):
-                    if not message.observability_mode:
-                        yield response
-        except grpc.aio.AbortError:
-            raise
+            message = ProcessingRequest.FromString(data)
+        except DecodeError:
+            self._telemetry.count("malformed")
+            raise RefusedError(INVALID_ARGUMENT, "this is no ProcessingRequest") from None
+        try:
+            for answer in self._exchange.answer(message):
+                if not message.observability_mode:
+                    yield answer.SerializeToString()
         except Exception as error:  # a fault of ours costs one decision, not a request
-            self._telemetry.event("fault", error=repr(error), where=traceback.format_exc())
-            await context.abort(grpc.StatusCode.INTERNAL, type(error).__name__)
-        finally:
-            exchange.close()
+            self._fault(error)
+            raise RefusedError(INTERNAL, type(error).__name__) from error
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """As gRPC servers take it; bytes that are no message come as None, not as a logged traceback."""
-        method = grpc.stream_stream_rpc_method_handler(
-            self.process, _parse, ProcessingResponse.SerializeToString
-        )
-        return grpc.method_handlers_generic_handler(PROCESSOR, {"Process": method})
+    def close(self) -> None:
+        """As of any `Call`."""
+        try:
+            self._exchange.close()
+        except Exception as error:
+            self._fault(error)
+
+    def _fault(self, error: Exception) -> None:
+        self._telemetry.event("fault", error=repr(error), where=traceback.format_exc())
 
 
-def _parse(data: bytes) -> ProcessingRequest | None:
-    try:
-        return ProcessingRequest.FromString(data)
-    except DecodeError:
-        return None
+class Health:
+    """Answers gRPC's health checks.
+
+    Attributes:
+        serves: by name of a service, whether requests are welcome.
+    """
+
+    def __init__(self) -> None:
+        self.serves = {LIVENESS: True}
+        self.set_ready(False)
+
+    def set_ready(self, ready: bool) -> None:
+        """Tell whether requests are welcome."""
+        self.serves |= dict.fromkeys(("", READINESS, PROCESSOR), ready)
+
+    def message(self, data: bytes) -> Iterator[bytes]:
+        """As of any `Call`."""
+        try:
+            serves = self.serves[HealthCheckRequest.FromString(data).service]
+        except DecodeError:
+            raise RefusedError(INVALID_ARGUMENT, "this is no HealthCheckRequest") from None
+        except KeyError:
+            raise RefusedError(NOT_FOUND, "there is no such service") from None
+        status = HealthCheckResponse.SERVING if serves else HealthCheckResponse.NOT_SERVING
+        yield HealthCheckResponse(status=status).SerializeToString()
+
+    def close(self) -> None:
+        """As of any `Call`."""
 
 
 class Server:
@@ -68,15 +98,16 @@ class Server:
         open_exchange: makes the state of a new exchange.
         telemetry: hears what goes wrong.
         most_bytes: of a request body.
+
+    Attributes:
+        health: what health checks are told.
     """
 
     def __init__(self, open_exchange: Callable[[], Exchange], telemetry: Telemetry, most_bytes: int) -> None:
-        limit = most_bytes + FRAME_BYTES
-        options = [("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)]
-        self._server = grpc.aio.server(options=options)
-        self._health = health.aio.HealthServicer()
-        self._server.add_generic_rpc_handlers((Processor(open_exchange, telemetry).handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._open_exchange, self._telemetry = open_exchange, telemetry
+        self._most_bytes = most_bytes + FRAME_BYTES
+        self._connections: set[Connection] = set()
+        self.health = Health()
 
     async def start(self, host: str, port: int) -> None:
         """Listen.
@@ -84,20 +115,26 @@ class Server:
         Raises:
             InputError: the port is taken.
         """
+        loop = asyncio.get_running_loop()
+        connect = lambda: Connection(self._open, self._most_bytes, self._connections)  # noqa: E731
         try:
-            self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
+            self._server = await loop.create_server(connect, host, port)
+        except OSError as error:
             raise InputError("gateway", "picker_port", port, "cannot listen there; choose another") from error
-        await self._server.start()
-        await self._health.set("liveness", health_pb2.HealthCheckResponse.SERVING)
-        await self.set_ready(False)
 
-    async def set_ready(self, ready: bool) -> None:
-        """Tell health checks whether requests are welcome."""
-        states = health_pb2.HealthCheckResponse
-        for service in ("", "readiness", PROCESSOR):
-            await self._health.set(service, states.SERVING if ready else states.NOT_SERVING)
+    def _open(self, path: str) -> Call | None:
+        if path == PROCESS:
+            return Processing(self._open_exchange(), self._telemetry)
+        return self.health if path == CHECK else None
 
     async def stop(self, grace_s: float) -> None:
         """End when the exchanges under way have ended, or after `grace_s`."""
-        await self._server.stop(grace_s)
+        self._server.close()
+        for connection in self._connections:
+            connection.leave()
+        until = asyncio.get_running_loop().time() + grace_s
+        while not all(c.is_idle for c in self._connections) and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(LOOK_S)
+        for connection in list(self._connections):
+            connection.abort()
+        await asyncio.sleep(0)  # they close their calls
