@@ -94,6 +94,7 @@ def _processor() -> Config:
         grpc_service={"envoy_grpc": {"cluster_name": "picker"}},
         failure_mode_allow=True,
         allow_mode_override=True,
+        mutation_rules={"allow_envoy": True},  # how long a stream's first token may take
         message_timeout=_seconds(PICKER_TIMEOUT_S),
         processing_mode={
             "request_header_mode": "SEND",

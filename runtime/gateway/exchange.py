@@ -24,7 +24,6 @@ from typing import Any
 from envoy.config.core.v3.base_pb2 import HeaderValueOption
 from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
 from envoy.service.ext_proc.v3.external_processor_pb2 import (
-    CommonResponse,
     HttpHeaders,
     ImmediateResponse,
     ProcessingRequest,
@@ -40,11 +39,13 @@ from servegym.runtime.gateway.telemetry import Telemetry
 
 PICKED, SERVED = "x-gateway-destination-endpoint", "x-gateway-destination-endpoint-served"
 SUBSET = "x-gateway-destination-endpoint-subset"
+PATIENCE = "x-envoy-upstream-rq-per-try-timeout-ms"  # until an answer begins; Envoy keeps it to itself
 LB, HINT = "envoy.lb", "envoy.lb.subset_hint"
 CHUNK_BYTES = 1 << 15  # of a body that goes back piece by piece; Envoy takes at most 64 KiB
 TAIL_BYTES = 2048  # of a body, where its usage stands
 KINDS = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
+_OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 _DUPLEX, _STREAMED = ProcessingMode.FULL_DUPLEX_STREAMED, ProcessingMode.STREAMED
 _EVENT = re.compile(rb"(?:^|\n)data:(?! ?\[DONE\])")
 _USAGE = re.compile(rb'"(prompt|completion|input|output)_tokens" ?: ?(\d{1,9})\b')
@@ -177,12 +178,16 @@ class Exchange:
             self._telemetry.refused(picked)
             return ProcessingResponse(immediate_response=refuse(picked, self._picker.settings.retry_after_s))
         addresses = self._picker.addresses(picked)
-        common = CommonResponse()
-        _set_header(common, PICKED, addresses)
-        _set_header(common, ORCA_REQUEST, "JSON")
         response = ProcessingResponse()
-        getattr(response, phase).response.CopyFrom(common)
-        response.dynamic_metadata.get_or_create_struct(LB)[PICKED] = addresses
+        mutation = getattr(response, phase).response.header_mutation
+        headers = {PICKED: addresses, ORCA_REQUEST: "JSON"}
+        if self.flight is not None and self.flight.ask.streams:
+            headers[PATIENCE] = f"{self._picker.settings.first_token_timeout_s * 1e3:.0f}"
+        for name, value in headers.items():
+            mutation.set_headers.add(
+                header={"key": name, "raw_value": value.encode()}, append_action=_OVERWRITE
+            )
+        response.dynamic_metadata.fields[LB].struct_value.fields[PICKED].string_value = addresses
         return response
 
     # --- response ---------------------------------------------------------------------------------------
@@ -276,13 +281,6 @@ def _served(message: ProcessingRequest) -> str | None:
     if LB not in metadata or SERVED not in metadata[LB].fields:
         return None
     return metadata[LB].fields[SERVED].string_value
-
-
-def _set_header(common: CommonResponse, name: str, value: str) -> None:
-    common.header_mutation.set_headers.add(
-        header={"key": name, "raw_value": value.encode()},
-        append_action=HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
-    )
 
 
 def _pieces(body: bytes, end: bool) -> Iterator[ProcessingResponse]:

@@ -69,6 +69,8 @@ class Settings:
     """Further engines that Envoy tries when one fails before its answer has begun."""
     request_timeout_s: float = 600.0
     """Time for a whole answer, retries included; then 504."""
+    first_token_timeout_s: float = 120.0
+    """Time that a streamed answer may take to begin on an engine before the next one is tried."""
     idle_timeout_s: float = 300.0
     """Time without a byte from an engine after which it is tried elsewhere, or given up where it streams."""
     connect_timeout_s: float = 1.0

@@ -181,6 +181,20 @@ def test_an_engine_that_hangs_costs_an_idle_time_out():
     run(test)
 
 
+def test_a_stream_that_does_not_begin_in_time_goes_on_elsewhere_and_one_that_has_begun_stays():
+    async def test():
+        a, b = FakeEngine(gap_s=0.3), FakeEngine(gap_s=0.3)
+        async with behind_envoy(a, b, first_token_timeout_s=0.6, scrape_s=60.0) as (gateway, client, _):
+            a.hang = True
+            answers = await asyncio.gather(*(client.post(STREAM) for _ in range(4)))
+            assert answers == [(200, TOKENS, True)] * 4  # which takes 1.5 s
+            assert b.answered == len(b.served) == 4
+            assert not any("x-envoy" in head.lower() for head in b.headers)
+            await until(lambda: books_are_empty(gateway))
+
+    run(test)
+
+
 def test_when_all_engines_hang_504():
     async def test():
         a = FakeEngine()
