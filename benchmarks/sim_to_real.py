@@ -2,17 +2,22 @@
 
     python benchmarks/sim_to_real.py
 
-Two instances of one transformer, one four times as deep as the other, run on a core each. Both are calibrated
-while the other core is as busy as it will be. Then policies play the same requests in real time and in the
-model. A shared machine drifts by tens of percent within minutes, so this is done several times over, and each
-prediction is held to the plays that follow its calibration. value: the largest error of P50 and P99 of TTFT,
-TPOT and E2E over the policies, each the median over the cycles, in percent of what was measured. The detail
-has the spread of the same figures from cycle to cycle. The last line is JSON.
+Two instances of one transformer, one three times as deep as the other, run on a core each. Policies play the
+same requests in real time and in the model. value: the largest error of P50 and P99 of TTFT, TPOT and E2E
+over the policies, each the median over the cycles, in percent of what was measured. The detail has the spread
+of the same figures from cycle to cycle. The last line is JSON.
+
+A shared machine changes its speed by tens of percent within seconds. So a cycle is short: all policies in
+random order, one play each, and between them the iterations of both instances are measured again, at the same
+time. The cycle's plays are held to profiles fitted to the mean of the cycle's own measurements: the mean and
+not the median, since a play has the slow iterations, too. Cycles are added for SECONDS; all count.
 
 Requests come several times faster than the pair can serve, then the backlog drains: a policy is as good as
 its split of the work. Nearer to saturation, and with lengths as heavy-tailed as those of real traffic, a cost
 error of 3% moves P99 by 20 to 100%, on the machine as in the model, because another request then waits behind
-another: there P99 speaks of chaos, not of scheduling.
+another: there P99 speaks of chaos, not of scheduling. The model is wide and not deep, so that nearly all of
+an iteration is spent in matrix products: both instances are threads of one interpreter, which only one of
+them has at a time, and every small operation would wait for it.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +40,48 @@ import torch
 from report import report
 
 from servegym.agents.heuristics import make_heuristic
-from servegym.commands.validate import show
 from servegym.envs.cluster.capacity import saturation_rps
 from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
-from servegym.envs.costs import load_profile
+from servegym.envs.costs.profile import Profile, save_profile
 from servegym.envs.scenario import Scenario
 from servegym.envs.workloads import make_workload, predicted_output_tokens, scale_rate
 from servegym.errors import InputError
-from servegym.runtime.calibrate.calibration import Options, calibrate
+from servegym.runtime.calibrate.bench import EngineBench
+from servegym.runtime.calibrate.calibration import Calibration, Options, calibrate, measured_again
 from servegym.runtime.calibrate.machine import this_machine
-from servegym.runtime.calibrate.report import write
+from servegym.runtime.calibrate.measure import measure_together
 from servegym.runtime.calibrate.shapes import Limits
+from servegym.runtime.engine.cluster import EnginePlayer
 from servegym.runtime.engine.config import load_config
 from servegym.runtime.engine.model import Transformer
-from servegym.runtime.players import open_player
-from servegym.runtime.validate import FIGURES, RANKED, Validation, rank_correlation, validate
+from servegym.runtime.validate import FIGURES, RANKED, measure, predict, rank_correlation
 
 GOAL, RANK_GOAL = 10.0, 0.9  # policies are ranked by mean E2E
-DEPTHS = {"shallow": 3, "deep": 12}  # layers
+DEPTHS = {"shallow": 1, "deep": 3}  # layers
 SHAPE = {
     "model_type": "llama",
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1024,
     "max_position_embeddings": 4096,
 }
-LIMITS = Limits(token_budget=128, max_seqs=8, max_context=160, kv_blocks=128, block_tokens=16)
-ROUNDS, SIZE, CYCLES = 2, 30, 3
+LIMITS = Limits(token_budget=64, max_seqs=8, max_context=96, kv_blocks=64, block_tokens=16)
+SIZE, PLAYS = 4, 2  # random shapes of each kind; plays between two measurements of all shapes
+SECONDS, LEAST_CYCLES = 225.0, 3
 POLICIES = (
     "round_robin",
     "random",
-    "least_request",
+    "llmd",
     "session_affinity",
     "mooncake",
     "least_work_predicted",
 )
-REQUESTS, SESSIONS, PROMPT, OUTPUT = 160, 6, (30, 90), (15, 45)  # lengths uniform
-LOAD, SEED = 5.0, 4
+REQUESTS, SESSIONS, PROMPT, OUTPUT = 32, 6, (20, 60), (8, 28)  # lengths uniform
+LOAD, SEED = 6.0, 4
 SCENARIO = Scenario(scrape_s=0.0, prediction_error=0.3, prefix_caching=False)
 
 
@@ -87,21 +93,27 @@ def transformer(name: str, layers: int, folder: Path) -> Transformer:
     return Transformer(load_config(path))
 
 
-def calibrated(models: dict[str, Transformer], folder: Path) -> list[Path]:
-    """The folders of the calibrations, one a depth, each while the other depth keeps the other core busy."""
-    for name, model in models.items():
-        others = [other for other in models.values() if other is not model]
-        found = calibrate(
-            model, this_machine("cpu"), Options(LIMITS, rounds=ROUNDS, size=SIZE),
-            name=name, command="benchmarks/sim_to_real.py", neighbours=others,
-        )  # fmt: skip
-        write(found, model.config.raw, folder / name)
-    return [folder / name for name in models]
+def calibrated(models: dict[str, Transformer]) -> dict[str, Calibration]:
+    """A whole calibration of each depth, while the other depth keeps the other core busy."""
+    options = Options(LIMITS, rounds=1, size=SIZE)
+    return {
+        name: calibrate(
+            model, this_machine("cpu"), options, name=name, command="benchmarks/sim_to_real.py",
+            neighbours=[other for other in models.values() if other is not model],
+        )
+        for name, model in models.items()
+    }  # fmt: skip
 
 
-def fleet_of(folders: list[Path]) -> ClusterSpec:
-    instances = tuple(InstanceSpec(str(folder / "profile.json")) for folder in folders)
-    return ClusterSpec("+".join(folder.name for folder in folders), instances, prefix_caching=False)
+def fleet_of(profiles: dict[str, Profile], folder: Path) -> ClusterSpec:
+    """Instances with these profiles, which go to the folder."""
+    instances = []
+    for name, profile in profiles.items():
+        path = folder / name / "profile.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_profile(profile, path)
+        instances.append(InstanceSpec(str(path)))
+    return ClusterSpec("+".join(profiles), tuple(instances), prefix_caching=False)
 
 
 def episode_of(fleet: ClusterSpec) -> Episode:
@@ -116,54 +128,70 @@ def episode_of(fleet: ClusterSpec) -> Episode:
     )
 
 
-def played(fleet: ClusterSpec, seed: int) -> Validation:
-    """All policies in both worlds, once."""
-    policies = [make_heuristic(name) for name in POLICIES]
-    player = open_player("torch", fleet, "cpu")
-    try:
-        return validate(player, policies, SCENARIO, episode_of(fleet), repeats=1, seed=seed)
-    finally:
-        player.close()
-
-
 @dataclass(frozen=True)
 class Cycle:
-    """A calibration, and the plays behind it.
+    """One play of every policy, and the model with what was measured between the plays.
 
     Attributes:
-        held_out: depth -> median error on held-out iterations by kind, percent.
-        validation: of all policies.
-        seconds: that the calibration and the plays took.
+        measured, predicted: policy -> its metrics.
+        seconds: that the cycle took.
     """
 
-    held_out: dict[str, dict[str, float]]
-    validation: Validation
-    seconds: tuple[float, float]
+    measured: dict[str, dict[str, float]]
+    predicted: dict[str, dict[str, float]]
+    seconds: float
 
 
-def cycle(models: dict[str, Transformer], folder: Path, seed: int) -> Cycle:
-    """Calibrate, play, compare."""
-    begin = time.perf_counter()
-    folders = calibrated(models, folder)
-    middle = time.perf_counter()
-    found = played(fleet_of(folders), seed)
-    show(found)
-    profiles = {path.name: load_profile(path / "profile.json") for path in folders}
-    held_out = {
-        name: {part: error.median_percent for part, error in p.provenance.held_out.items()}
-        for name, p in profiles.items()
-    }
-    return Cycle(held_out, found, (middle - begin, time.perf_counter() - middle))
+class Pair:
+    """Both instances: what they play, and what their iterations take meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        models = {name: transformer(name, layers, folder) for name, layers in DEPTHS.items()}
+        self.folder, self.calibrations = folder, calibrated(models)
+        fleet = fleet_of({name: c.profile for name, c in self.calibrations.items()}, folder)
+        paths = [spec.profile for spec in fleet.instances]
+        self.player = EnginePlayer(models=dict(zip(paths, models.values(), strict=True)))
+        self.episode = episode_of(fleet)
+        _, instances = self.player.instances(fleet, self.episode.workload.prefix_block_tokens)
+        self.benches = [EngineBench(instance) for instance in instances]
+        self.play(POLICIES[0])  # forgotten: imports and compilation
+        self.last = self.measured(0)
+
+    def play(self, policy: str) -> dict[str, float]:
+        """Metrics of a play in real time."""
+        return measure(self.player, make_heuristic(policy), SCENARIO, self.episode, SEED)
+
+    def measured(self, seed: int) -> list[np.ndarray]:
+        """Of each instance seconds of all shapes, float64 [shapes, rounds]; the faster, the more rounds."""
+        shapes = next(iter(self.calibrations.values())).design.fitted
+        rounds = [max(DEPTHS.values()) // layers for layers in DEPTHS.values()]
+        return measure_together(self.benches, shapes, rounds, seed)
+
+    def cycle(self, number: int) -> Cycle:
+        """Plays with measurements before, between and after, and what the model says then."""
+        begin = time.perf_counter()
+        plays, measurements = {}, [self.last]
+        for k, i in enumerate(np.random.default_rng(number).permutation(len(POLICIES)), 1):
+            plays[POLICIES[i]] = self.play(POLICIES[i])
+            if k % PLAYS == 0:
+                measurements.append(self.measured(number * len(POLICIES) + k))
+        self.last = measurements[-1]
+        means = [np.hstack(rounds).mean(axis=1) for rounds in zip(*measurements, strict=True)]
+        profiles = {
+            name: measured_again(calibration, mean)
+            for (name, calibration), mean in zip(self.calibrations.items(), means, strict=True)
+        }
+        fleet = fleet_of(profiles, self.folder / str(number))
+        episode = replace(self.episode, cluster=fleet)
+        said = {name: predict(make_heuristic(name), SCENARIO, episode, SEED) for name in POLICIES}
+        return Cycle(plays, said, time.perf_counter() - begin)
 
 
 def figures(cycles: list[Cycle], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Measured and predicted, float64 [policies, cycles]."""
-    pairs = [
-        [(float(c.measured[metric][0]), c.predicted[metric]) for c in each.validation.comparisons]
-        for each in cycles
-    ]
-    measured, predicted = np.array(pairs).transpose(2, 1, 0)
-    return measured, predicted
+    measured = [[cycle.measured[name][metric] for cycle in cycles] for name in POLICIES]
+    predicted = [[cycle.predicted[name][metric] for cycle in cycles] for name in POLICIES]
+    return np.array(measured), np.array(predicted)
 
 
 def summary(cycles: list[Cycle]) -> dict[str, Any]:
@@ -177,8 +205,8 @@ def summary(cycles: list[Cycle]) -> dict[str, Any]:
             policy[metric] = {
                 "error_percent": round(float(error[k]), 2),
                 "spread_percent": round(float(spread[k]), 2),
-                "measured": [round(x, 5) for x in measured[k]],
-                "predicted": [round(x, 5) for x in predicted[k]],
+                "measured": [round(x, 5) for x in measured[k].tolist()],
+                "predicted": [round(x, 5) for x in predicted[k].tolist()],
             }
     ranks = {
         metric: rank_correlation(*(np.median(world, axis=1).tolist() for world in figures(cycles, metric)))
@@ -198,22 +226,36 @@ def summary(cycles: list[Cycle]) -> dict[str, Any]:
     }
 
 
+def show(found: dict[str, Any]) -> None:
+    """Signed errors by policy and figure, with the spread of what was measured."""
+    print(f"{'error (spread), %':22}" + "".join(f"{figure.removesuffix('_s'):>16}" for figure in FIGURES))
+    for policy in found["policies"]:
+        cells = (f"{policy[f]['error_percent']:+.1f} ({policy[f]['spread_percent']:.0f})" for f in FIGURES)
+        print(f"{policy['policy']:22}" + "".join(f"{cell:>16}" for cell in cells))
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     torch.set_num_threads(1)
+    cycles: list[Cycle] = []
     with tempfile.TemporaryDirectory() as scratch:
-        models = {name: transformer(name, layers, Path(scratch)) for name, layers in DEPTHS.items()}
-        cycles = [cycle(models, Path(scratch), k) for k in range(CYCLES)]
+        pair = Pair(Path(scratch))
+        end = time.perf_counter() + SECONDS
+        while len(cycles) < LEAST_CYCLES or time.perf_counter() < end:
+            cycles.append(pair.cycle(len(cycles)))
     found = summary(cycles)
+    show(found)
     detail = {
         **found,
-        "held_out_percent": [each.held_out for each in cycles],
+        "held_out_percent": {
+            name: {part: error.median_percent for part, error in c.profile.provenance.held_out.items()}
+            for name, c in pair.calibrations.items()
+        },
         "load": LOAD,
         "requests": REQUESTS,
-        "seconds": [[round(taken, 1) for taken in each.seconds] for each in cycles],
+        "seconds": [round(cycle.seconds, 1) for cycle in cycles],
     }
-    value = max(found["largest_error_by_figure"].values())
-    report("sim_to_real", value, "%", GOAL, detail)
+    report("sim_to_real", max(found["largest_error_by_figure"].values()), "%", GOAL, detail)
 
 
 if __name__ == "__main__":

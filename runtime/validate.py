@@ -143,22 +143,38 @@ def validate(
         RuntimeError: for a request that the engines lost or answered with another number of tokens.
     """
     # The model first: what it refuses, it refuses before minutes of play.
-    predicted = [_metrics(play(p, scenario, [episode], 1, seed)[0], episode, scenario) for p in policies]
+    predicted = [predict(p, scenario, episode, seed) for p in policies]
     measured: list[list[dict[str, float]]] = [[] for _ in policies]
     decisions: list[Counter[str]] = [Counter() for _ in policies]
     rng = np.random.default_rng(seed)
     for k in range(repeats):
         for i in rng.permutation(len(policies)):
             progress(f"repeat {k + 1} of {repeats}: {policies[i].name}")
-            records = player.play(policies[i], scenario, episode, seed)
-            _check_complete(records, episode, policies[i].name)
+            measured[i].append(measure(player, policies[i], scenario, episode, seed))
             decisions[i].update(player.counts)
-            measured[i].append(_metrics(records, episode, scenario))
     comparisons = tuple(
         Comparison(p.name, {name: np.array([run[name] for run in runs]) for name in said}, said, dict(asked))
         for p, runs, said, asked in zip(policies, measured, predicted, decisions, strict=True)
     )
     return Validation(comparisons, episode.workload.rate_rps, len(episode.workload))
+
+
+def measure(
+    player: Player, policy: Policy, scenario: Scenario, episode: Episode, seed: int = 0
+) -> dict[str, float]:
+    """Metrics of one play on the engines.
+
+    Raises:
+        RuntimeError: for a request that the engines lost or answered with another number of tokens.
+    """
+    records = player.play(policy, scenario, episode, seed)
+    _check_complete(records, episode, policy.name)
+    return _metrics(records, episode, scenario)
+
+
+def predict(policy: Policy, scenario: Scenario, episode: Episode, seed: int = 0) -> dict[str, float]:
+    """The same in the model."""
+    return _metrics(play(policy, scenario, [episode], 1, seed)[0], episode, scenario)
 
 
 def make_episode(

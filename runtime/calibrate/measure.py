@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count, repeat
 from threading import Event, Thread
 from typing import Protocol
 
 import numpy as np
 
 from servegym.runtime.calibrate.shapes import Shape
+from servegym.runtime.engine.instance import undisturbed
 
 
 class Bench(Protocol):
@@ -34,34 +36,37 @@ def measure(
     A first round of all shapes warms up and is forgotten. Each round has its own random order, so no shape
     always follows the same other, and what slows the machine down for a while hits all shapes alike.
     """
+    with undisturbed():
+        return _measure(bench, shapes, rounds + 1, seed, progress)[:, 1:]
+
+
+def measure_together(
+    benches: Sequence[Bench], shapes: Sequence[Shape], rounds: Sequence[int], seed: int = 0
+) -> list[np.ndarray]:
+    """Seconds on each bench, in so many rounds, while the others are measured; without a warm-up."""
+    with undisturbed(), ThreadPoolExecutor(len(benches)) as pool:
+        return list(pool.map(_measure, benches, repeat(shapes), rounds, count(seed)))
+
+
+def _measure(
+    bench: Bench,
+    shapes: Sequence[Shape],
+    rounds: int,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    seconds = np.zeros((len(shapes), rounds + 1))
-    with quiet():
-        for k in range(rounds + 1):
-            progress(f"round {k} of {rounds}" if k else "warm-up")
-            for i in rng.permutation(len(shapes)):
-                seconds[i, k] = bench.run(shapes[i])
-    return seconds[:, 1:]
+    seconds = np.zeros((len(shapes), rounds))
+    for k in range(rounds):
+        progress(f"round {k + 1} of {rounds}")
+        for i in rng.permutation(len(shapes)):
+            seconds[i, k] = bench.run(shapes[i])
+    return seconds
 
 
 def typical(samples: np.ndarray) -> np.ndarray:
     """The median of each row's samples: one interrupted iteration says nothing of the next."""
     return np.median(samples, axis=1)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No garbage collection: a pause of tens of milliseconds would be taken for an iteration's."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -6,12 +6,9 @@ exactly the output that the workload says, and move and give way as the policy s
 
 from __future__ import annotations
 
-import gc
 import heapq
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -30,15 +27,13 @@ from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.runtime.engine.config import load_config
 from servegym.runtime.engine.copier import BlockCopier
-from servegym.runtime.engine.instance import Instance
+from servegym.runtime.engine.instance import Instance, undisturbed
 from servegym.runtime.engine.migration import Migration
 from servegym.runtime.engine.model import Transformer
 from servegym.runtime.engine.prompts import token_ids
 from servegym.runtime.engine.request import Request, make_request
 from servegym.runtime.engine.router import Router
 from servegym.runtime.view import InstanceSettings
-
-SWITCH_S = 0.0005
 
 
 class Event(IntEnum):
@@ -81,7 +76,7 @@ class EnginePlayer:
         Raises:
             InputError: a fleet, a workload or a policy that cannot be played.
         """
-        settings, instances = self._instances(episode.cluster, episode.workload.prefix_block_tokens)
+        settings, instances = self.instances(episode.cluster, episode.workload.prefix_block_tokens)
         for instance in instances:
             instance.clear()
         _check_fit(episode, instances)
@@ -89,7 +84,7 @@ class EnginePlayer:
         router = Router(schedulers, settings, policy, scenario, episode, self.budget_s, seed)
         played = _Play(episode, instances, router)
         try:
-            with _undisturbed():
+            with undisturbed():
                 played.run()
         finally:
             router.close()
@@ -100,8 +95,8 @@ class EnginePlayer:
         """Free the instances' memory."""
         self._fleet = None
 
-    def _instances(self, cluster: ClusterSpec, unit: int) -> tuple[list[InstanceSettings], list[Instance]]:
-        """The fleet; that of the last play, if it is the same."""
+    def instances(self, cluster: ClusterSpec, unit: int) -> tuple[list[InstanceSettings], list[Instance]]:
+        """How views see the instances of a fleet, and these; those of the last play, if it is the same."""
         if self._fleet and self._fleet[:2] == (cluster, unit):
             return self._fleet[2:]
         self._fleet = None
@@ -151,7 +146,7 @@ class _Play:
         self.followers = {int(a): row for row, a in enumerate(episode.workload.after) if a >= 0}
         vocabulary = min(instance.model.config.vocabulary for instance in instances)
         self.requests = [self._request(row, vocabulary) for row in range(len(episode.workload))]
-        self.left = len(self.requests)
+        self.left, self.warm = len(self.requests), 0
         self.failure: BaseException | None = None
         self.start_s = 0.0
         self.events: list[tuple[float, Event, int]] = []
@@ -173,12 +168,12 @@ class _Play:
             Thread(target=self._serve, args=(instance,), name=f"engine {instance.number}", daemon=True)
             for instance in self.instances
         ]
-        self.start_s = time.perf_counter()
-        for instance, thread in zip(self.instances, threads, strict=True):
-            instance.on_done = self._done
-            instance.scheduler.choose_victim = partial(self._victim, instance.number)
+        for thread in threads:
             thread.start()
         try:
+            with self.wake:
+                self.wake.wait_for(lambda: self.failure or self.warm == len(threads))
+            self.start_s = time.perf_counter()
             self._route()
         finally:
             for instance in self.instances:
@@ -259,6 +254,12 @@ class _Play:
     def _serve(self, instance: Instance) -> None:
         torch.set_num_threads(1)
         try:
+            instance.warm_thread()
+            instance.on_done = self._done
+            instance.scheduler.choose_victim = partial(self._victim, instance.number)
+            with self.wake:
+                self.warm += 1
+                self.wake.notify()
             instance.serve()
         except BaseException as error:
             self._failed(error)
@@ -317,23 +318,3 @@ def _check_fit(episode: Episode, instances: list[Instance]) -> None:
         hint = f"the engines of {episode.cluster.name} hold at most {most}"
         where = f"prompt_tokens + output_tokens, row {row}"
         raise InputError(episode.workload.name, where, int(tokens[row]), hint)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No collection of garbage while requests wait: a pause of tens of milliseconds would be measured.
-
-    And threads that want the interpreter get it soon: the default lets the router wait for 5 ms.
-    """
-    was_enabled, interval = gc.isenabled(), sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()

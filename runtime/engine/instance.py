@@ -6,9 +6,11 @@ Instances of one process share weights and a lock, which guards all schedulers; 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Condition, RLock
 from typing import Any
 
@@ -25,6 +27,7 @@ from servegym.runtime.engine.scheduler import Plan, Scheduler
 from servegym.runtime.engine.swap import SwapSpace
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
+SWITCH_S = 0.0005
 
 
 class Instance:
@@ -104,23 +107,30 @@ class Instance:
             self.scheduler.running.append(r)
 
     def clear(self) -> None:
-        """Forget all requests and everything that is cached."""
+        """Forget all requests, who waits for them, and everything that is cached."""
         with self.changed:
             self.scheduler.clear()
+            self.on_done = lambda _: None
             self._stopped = False
 
     # --- iterations -------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Run a small request, so that torch initialises itself, and capture CUDA graphs."""
-        self.submit(make_request(0, [0, 0], 2))
-        while self.step():
-            pass
+        """Let torch initialise itself, and capture CUDA graphs."""
+        self.warm_thread()
         if self.stream:
             width = -(-self.most_tokens // self.setting.block_tokens)
             with torch.cuda.stream(self.stream), torch.inference_mode():
                 self.graphs = DecodeGraphs(self.model, self.cache, self.setting.max_seqs, width)
         self.clear()
+
+    def warm_thread(self) -> None:
+        """Run the largest prompt of one iteration, so that this thread has its buffers."""
+        self.submit(make_request(0, [0] * min(self.setting.budget, self.most_tokens - 2), 2))
+        while self.step():
+            pass
+        with self.changed:
+            self.scheduler.clear()
 
     def step(self) -> bool:
         """One iteration: schedule, swap, compute, sample, deliver. False where there was nothing to run."""
@@ -175,3 +185,23 @@ def keep_freed_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
             libc.mallopt(_TRIM_THRESHOLD, 1 << 30)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No collection of garbage meanwhile: a pause of tens of milliseconds would be measured.
+
+    And threads that want the interpreter get it soon: the default lets the router wait for 5 ms.
+    """
+    was_enabled, interval = gc.isenabled(), sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

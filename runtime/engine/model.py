@@ -92,10 +92,11 @@ class Transformer:
             tensors = stored_weights(config, weights, self.device, self.dtype)
         self.embed, self.norm = tensors["embed"], tensors["norm"]
         self.head = tensors.get("head", self.embed)
-        self.layers = [
-            {p.name.split(".")[1]: tensors[p.name] for p in parameters(config) if p.name.startswith(f"{i}.")}
-            for i in range(config.layers)
-        ]
+        self.layers: list[dict[str, torch.Tensor]] = [{} for _ in range(config.layers)]
+        for name, tensor in tensors.items():
+            layer, _, part = name.partition(".")
+            if part:
+                self.layers[int(layer)][part] = tensor if self.device.type == "cuda" else by_column(tensor)
         self.cos, self.sin = rope_tables(config, self.device, self.dtype)
 
     @torch.inference_mode()
@@ -125,6 +126,15 @@ class Transformer:
         c = self.config
         q = rms_norm(qk[:, : c.heads], (c.head_dim,), layer["q_norm"], c.norm_eps)
         return torch.cat((q, rms_norm(qk[:, c.heads :], (c.head_dim,), layer["k_norm"], c.norm_eps)), 1)
+
+
+def by_column(weights: torch.Tensor) -> torch.Tensor:
+    """The same matrix, stored column by column.
+
+    MKL then takes 20 to 30% less time for 4 to 15 tokens (10% more for fewer, and for 16 to 32), and an
+    iteration of 16 tokens no longer takes less than one of 8.
+    """
+    return weights.t().contiguous().t() if weights.dim() == 2 else weights
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,12 @@ def tiny(monkeypatch):
 
     shape = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": 64}
     monkeypatch.setattr(sim_to_real, "SHAPE", {**sim_to_real.SHAPE, **shape, "head_dim": 4})
-    monkeypatch.setattr(sim_to_real, "LIMITS", Limits(64, 4, 128, 48, 16))
+    monkeypatch.setattr(sim_to_real, "LIMITS", Limits(64, 4, 96, 48, 16))
     for name, value in {
         "DEPTHS": {"shallow": 1, "deep": 2},
         "REQUESTS": 24,
-        "ROUNDS": 1,
-        "SIZE": 4,
-        "CYCLES": 2,
+        "SECONDS": 0.0,
+        "LEAST_CYCLES": 2,
     }.items():
         monkeypatch.setattr(sim_to_real, name, value)
     monkeypatch.setattr(sim_to_real, "POLICIES", ("round_robin", "mooncake"))
@@ -46,8 +45,31 @@ def test_the_last_line_holds_value_goal_spread_and_every_figure(tiny, capsys):
     assert [p["policy"] for p in detail["policies"]] == ["round_robin", "mooncake"]
     assert detail["machine_spread_percent"] >= 0
     assert detail["spearman_of_policies"] in (-1.0, 1.0)
-    assert all(set(each) == {"shallow", "deep"} for each in detail["held_out_percent"])
+    assert set(detail["held_out_percent"]) == {"shallow", "deep"}
+    assert len(detail["seconds"]) == 2
     assert detail["requests"] == 24
+
+
+def test_a_cycle_is_predicted_from_what_was_measured_between_its_plays(tiny, tmp_path, monkeypatch):
+    import numpy as np
+
+    pair = tiny.Pair(tmp_path)
+    monkeypatch.setattr(pair, "play", lambda _: {"e2e_p50_s": 1.0})
+    usual, measured = pair.measured, []
+
+    def slower(seed):
+        measured.append(seed)
+        return [7 * seconds for seconds in usual(seed)]
+
+    before = pair.cycle(0)
+    monkeypatch.setattr(pair, "measured", slower)
+    pair.last = slower(0)
+    after = pair.cycle(1)
+    assert len(measured) == 1 + len(tiny.POLICIES) // tiny.PLAYS
+    ratios = [
+        after.predicted[name]["e2e_p99_s"] / before.predicted[name]["e2e_p99_s"] for name in tiny.POLICIES
+    ]
+    assert 3 < np.median(ratios) < 16
 
 
 def test_every_policy_meets_requests_that_overload_the_pair(tiny, tmp_path, monkeypatch):
@@ -63,4 +85,4 @@ def test_every_policy_meets_requests_that_overload_the_pair(tiny, tmp_path, monk
     assert first.workload.rate_rps == pytest.approx(tiny.LOAD * saturation_rps(fleet, first.workload))
     assert tiny.LOAD > 2
     assert set(first.workload.session) == set(range(tiny.SESSIONS))
-    assert tiny.PROMPT[0] <= first.workload.prompt_tokens.min() <= first.workload.prompt_tokens.max() <= 90
+    assert tiny.PROMPT[0] <= first.workload.prompt_tokens.min() <= first.workload.prompt_tokens.max() <= 60

@@ -2,12 +2,12 @@
 
 import gc
 from itertools import pairwise
-from threading import Event
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
 
-from servegym.runtime.calibrate.measure import beside, measure, typical
+from servegym.runtime.calibrate.measure import beside, measure, measure_together, typical
 from servegym.runtime.calibrate.shapes import Shape
 
 SHAPES = [Shape((n,)) for n in range(1, 21)]
@@ -85,3 +85,25 @@ def test_a_neighbour_that_fails_is_reported():
 
     with pytest.raises(RuntimeError, match="out of memory"), beside([Broken()], SHAPES):
         pass
+
+
+def test_benches_are_measured_together_each_in_its_own_number_of_rounds():
+    benches = [Recorder(), Recorder()]
+    seconds = measure_together(benches, SHAPES, [3, 1], seed=2)
+    assert [one.shape for one in seconds] == [(20, 3), (20, 1)]
+    for bench, one in zip(benches, seconds, strict=True):
+        np.testing.assert_array_equal(one, np.repeat(np.arange(1.0, 21.0)[:, None], one.shape[1], axis=1))
+        assert not any(bench.collecting)
+    assert benches[0].ran[:20] != benches[1].ran
+    assert gc.isenabled()
+
+
+def test_one_bench_waits_for_no_other_to_end():
+    met = Barrier(2, timeout=10)
+
+    class Meeting(Recorder):
+        def run(self, shape):
+            met.wait()
+            return super().run(shape)
+
+    assert len(measure_together([Meeting(), Meeting()], SHAPES, [1, 1])) == 2
