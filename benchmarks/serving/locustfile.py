@@ -1,8 +1,8 @@
 """What locust plays: users who each send completions one after the other, most of them streamed.
 
 Every answer becomes a row of the JSON file that SERVEGYM_LOAD names as `output`; its other fields are `seed`,
-`model`, `streamed` (share of requests) and `longest` (most prompt tokens). A user's requests follow from the
-seed and its number alone, so each front gets the same.
+`model`, `streamed` (share of requests) and `longest` (most prompt tokens). How long a user's prompts and
+answers are follows from the seed and its number alone, so each front gets the same work.
 """
 
 import json
@@ -42,7 +42,8 @@ class Reader(HttpUser):
         streamed = rng.random() < LOAD["streamed"]
         body = {
             "model": LOAD["model"],
-            "prompt": [rng.randint(END, WORDS) for _ in range(prompt)],
+            # New words each time: what engines cached for one front would be the next one's gain.
+            "prompt": [random.randint(END, WORDS) for _ in range(prompt)],
             "max_tokens": rng.randint(*OUTPUT),
             "ignore_eos": True,
             "temperature": 0,

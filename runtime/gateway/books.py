@@ -43,6 +43,7 @@ class Engine:
         index: what its prefix cache holds.
         failures: scrapes in a row without an answer.
         is_told: a scrape could be read, so that its readings mean something.
+        is_listed: the gateway is to use it.
         tpot_ratio: seen by the profile's time per output token.
     """
 
@@ -52,6 +53,7 @@ class Engine:
     index: PrefixIndex
     failures: int = 0
     is_told: bool = False
+    is_listed: bool = True
     preemptions: float = 0.0
     tpot_ratio: float = 1.0
 
@@ -136,17 +138,10 @@ class Books:
         self.lengths = lengths
         self.sessions = Sessions()
         self.flights: dict[Hashable, Flight] = {}
-        settings = [InstanceSettings.of(spec) for spec in specs]
-        self.engines = [
-            Engine(number, endpoint, spec, PrefixIndex(setting.setting.blocks))
-            for number, (endpoint, spec, setting) in enumerate(zip(endpoints, specs, settings, strict=True))
-        ]
+        opened = [_open(*one) for one in zip(count(), endpoints, specs, strict=False)]
+        self.engines = [engine for engine, _ in opened]
         self.by_address = {engine.endpoint.address: engine for engine in self.engines}
-        instances = [
-            Replica(setting, cached=engine.index, available=False)
-            for engine, setting in zip(self.engines, settings, strict=True)
-        ]
-        self.view = ClusterView(instances, least_urgent=least_urgent)
+        self.view = ClusterView([instance for _, instance in opened], least_urgent=least_urgent)
         self._keys = count()
 
     # --- requests ---------------------------------------------------------------------------------------
@@ -257,6 +252,30 @@ class Books:
 
     # --- engines ----------------------------------------------------------------------------------------
 
+    def list_engines(self, endpoints: Sequence[Endpoint], spec: InstanceSpec) -> None:
+        """These are the engines from now on; what runs on another may end there.
+
+        Args:
+            spec: of those that are new. They take the places of others that have nothing to do any more.
+        """
+        addresses = {endpoint.address for endpoint in endpoints}
+        for engine in self.engines:
+            engine.is_listed = engine.endpoint.address in addresses
+            if not engine.is_listed:
+                self.down(engine)
+        instances = list(self.view.instances)
+        free = [e.number for e in self.engines if not e.is_listed and not self._is_used(e.number)]
+        for endpoint in endpoints:
+            if endpoint.address not in self.by_address:
+                number = free.pop() if free else len(instances)
+                engine, instance = _open(number, endpoint, spec)
+                self.engines[number : number + 1], instances[number : number + 1] = [engine], [instance]
+        self.by_address = {engine.endpoint.address: engine for engine in self.engines}
+        self.view = replace(self.view, instances=instances)
+
+    def _is_used(self, i: int) -> bool:
+        return any(i == flight.request.instance or i in flight.order for flight in self.flights.values())
+
     def read(self, engine: Engine, reading: Reading, now_s: float) -> None:
         """A scrape of an engine could be read."""
         x = self.view.instances[engine.number]
@@ -322,3 +341,10 @@ class Books:
             old, settings=settings, prefix_tokens=0, prefill_cap=0, free_blocks=-1, host_free_blocks=-1
         )
         self.view = replace(self.view, instances=instances)
+
+
+def _open(number: int, endpoint: Endpoint, spec: InstanceSpec) -> tuple[Engine, Replica]:
+    """An engine of which nothing is known yet, and its instance in the view."""
+    settings = InstanceSettings.of(spec)
+    engine = Engine(number, endpoint, spec, PrefixIndex(settings.setting.blocks))
+    return engine, Replica(settings, cached=engine.index, available=False)

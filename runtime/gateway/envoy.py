@@ -37,20 +37,26 @@ HOLD = (
     "CwUAIAJFCwgAIAEgAnJFCw=="
 )
 
+ENGINES = "engines.json"  # in Envoy's folder
+
 Config = dict[str, Any]
 
 
-def envoy_config(settings: Settings, endpoints: list[Endpoint], admin: str) -> Config:
+def envoy_config(settings: Settings, folder: str) -> Config:
     """Envoy's bootstrap.
 
     Args:
-        admin: path of the Unix socket on which Envoy takes orders.
+        folder: holds the list of engines, which Envoy watches, and the Unix socket on which it takes orders.
     """
     return {
-        "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
+        "node": {"id": "gateway", "cluster": "gateway"},
+        "admin": {"address": {"pipe": {"path": f"{folder}/admin", "mode": 0o600}}},
         "static_resources": {
             "listeners": [_listener(settings)],
-            "clusters": [_engines(settings, endpoints), _picker(settings.host, settings.picker_port)],
+            "clusters": [
+                _engines(settings, f"{folder}/{ENGINES}"),
+                _picker(settings.host, settings.picker_port),
+            ],
         },
     }
 
@@ -132,7 +138,7 @@ def _route(settings: Settings) -> Config:
     }
 
 
-def _engines(settings: Settings, endpoints: list[Endpoint]) -> Config:
+def _engines(settings: Settings, path: str) -> Config:
     fallback = {
         "name": "envoy.load_balancing_policies.least_request",
         "typed_config": _typed("extensions.load_balancing_policies.least_request.v3.LeastRequest"),
@@ -148,7 +154,12 @@ def _engines(settings: Settings, endpoints: list[Endpoint]) -> Config:
         ("max_connections", "max_pending_requests", "max_requests", "max_retries"), UNLIMITED
     )
     return {
-        **_cluster("engines", [(e.ip, e.port) for e in endpoints], settings.connect_timeout_s),
+        "name": "engines",
+        "type": "EDS",
+        "eds_cluster_config": {
+            "eds_config": {"resource_api_version": "V3", "path_config_source": {"path": path}}
+        },
+        "connect_timeout": _seconds(settings.connect_timeout_s),
         "circuit_breakers": {"thresholds": [most]},
         "load_balancing_policy": {"policies": [{"typed_extension_config": policy}]},
         **_http({"http_protocol_options": {}}, http_filters=[_hold(), _codec()]),
@@ -156,17 +167,18 @@ def _engines(settings: Settings, endpoints: list[Endpoint]) -> Config:
 
 
 def _picker(host: str, port: int) -> Config:
-    return {**_cluster("picker", [(host, port)], PICKER_TIMEOUT_S), **_http({"http2_protocol_options": {}})}
-
-
-def _cluster(name: str, addresses: list[tuple[str, int]], connect_s: float) -> Config:
-    hosts = [{"endpoint": {"address": _address(*address)}} for address in addresses]
     return {
-        "name": name,
+        "name": "picker",
         "type": "STATIC",
-        "connect_timeout": _seconds(connect_s),
-        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": hosts}]},
+        "connect_timeout": _seconds(PICKER_TIMEOUT_S),
+        "load_assignment": _assignment("picker", [(host, port)]),
+        **_http({"http2_protocol_options": {}}),
     }
+
+
+def _assignment(cluster: str, addresses: list[tuple[str, int]]) -> Config:
+    hosts = [{"endpoint": {"address": _address(*address)}} for address in addresses]
+    return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": hosts}]}
 
 
 def _http(protocol: Config, **fields: Any) -> Config:
@@ -229,8 +241,8 @@ class Envoy:
         binary = find_envoy(settings.envoy_binary)
         folder = tempfile.TemporaryDirectory(prefix="servegym-envoy-")
         path = Path(folder.name) / "envoy.json"
-        config = envoy_config(settings, endpoints, f"{folder.name}/admin")
-        path.write_text(json.dumps(config), encoding="utf-8")
+        path.write_text(json.dumps(envoy_config(settings, folder.name)), encoding="utf-8")
+        _write_engines(Path(folder.name), endpoints)
         arguments = ["-c", str(path), "--use-dynamic-base-id", "-l", "error"]
         arguments += ["--concurrency", str(settings.envoy_threads)]
         process = await asyncio.create_subprocess_exec(str(binary), *arguments, start_new_session=True)
@@ -261,6 +273,10 @@ class Envoy:
         except (aiohttp.ClientError, OSError, TimeoutError):
             return 0
 
+    def list_engines(self, endpoints: list[Endpoint]) -> None:
+        """Let Envoy have these engines; what runs on others may end there."""
+        _write_engines(Path(self._folder.name), endpoints)
+
     async def drain(self) -> None:
         """Take no new connections, and ask clients on old ones to leave."""
         await self.order("POST", "/healthcheck/fail")
@@ -285,3 +301,12 @@ class Envoy:
                 self._process.kill()
                 await self._process.wait()
         self._folder.cleanup()
+
+
+def _write_engines(folder: Path, endpoints: list[Endpoint]) -> None:
+    """The list of engines, in one step: Envoy reads what is moved there."""
+    kind = "config.endpoint.v3.ClusterLoadAssignment"
+    engines = _typed(kind, **_assignment("engines", [(e.ip, e.port) for e in endpoints]))
+    new = folder / f"{ENGINES}.new"
+    new.write_text(json.dumps({"resources": [engines]}), encoding="utf-8")
+    new.replace(folder / ENGINES)

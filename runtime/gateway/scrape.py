@@ -26,6 +26,7 @@ DOWN_S = 0.5  # pause between two looks at an engine that is down, at least
 TICK_S = 0.05
 MOST_BYTES = 4 << 20  # of /metrics
 
+_Found = str | Exception | None
 _GONE = (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
 
 
@@ -40,6 +41,7 @@ class Watchman:
         self, books: Books, settings: Settings, telemetry: Telemetry, now: Callable[[], float]
     ) -> None:
         self._books, self._settings, self._telemetry, self._now = books, settings, telemetry, now
+        self._watched: set[Engine] = set()
 
     async def run(self, looked: asyncio.Event) -> None:
         """Watch until cancelled; `looked` is set when every engine was asked once."""
@@ -48,21 +50,20 @@ class Watchman:
             firsts = [group.create_task(self.look(session, engine, True)) for engine in self._books.engines]
             await asyncio.gather(*firsts)
             looked.set()
-            group.create_task(self._tick())
-            for engine in self._books.engines:
-                group.create_task(self._watch(session, engine))
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self._books.advance(self._now())
+            while True:
+                self._books.advance(self._now())
+                for engine in self._books.engines:
+                    if engine.is_listed and engine not in self._watched:
+                        self._watched.add(engine)
+                        group.create_task(self._watch(session, engine))
+                await asyncio.sleep(TICK_S)
 
     async def _watch(self, session: aiohttp.ClientSession, engine: Engine) -> None:
         period = self._settings.scrape_s
         # Not all at one instant, which would make every decision wait for all answers' parsing.
         await asyncio.sleep(period * engine.number / len(self._books.engines))
         checked = 0.0
-        while True:
+        while engine.is_listed:
             begin = self._now()
             check = begin - checked >= HEALTH_S
             checked = begin if check else checked
@@ -70,27 +71,39 @@ class Watchman:
             is_up = self._books.view.instances[engine.number].available
             pause = period if is_up else max(period, DOWN_S)
             await asyncio.sleep(max(pause - (self._now() - begin), 0.001))
+        self._watched.discard(engine)
 
     async def look(self, session: aiohttp.ClientSession, engine: Engine, health: bool) -> None:
-        """One scrape of an engine, and what follows from it."""
-        try:
-            if health and await self._is_ill(session, engine):
-                self._down(engine, "unhealthy")
-                return
-            async with session.get(f"{engine.endpoint.url}/metrics") as response:
-                text = (await _read(response)).decode("utf-8", "replace")
-        except _GONE as error:
-            self._down(engine, f"gone: {error}")
+        """One scrape of an engine, and what follows from it, if it is still listed then."""
+        found = await self._ask(session, engine, health)
+        if not engine.is_listed:
+            return
+        if found is None:
+            self._down(engine, "unhealthy")
+        elif isinstance(found, _GONE):
+            self._down(engine, f"gone: {found}")
             self._books.lost(engine)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        elif isinstance(found, Exception):
             engine.failures += 1
             if engine.failures >= self._settings.down_after or not engine.is_told:
-                self._down(engine, f"silent: {type(error).__name__}")
+                self._down(engine, f"silent: {type(found).__name__}")
         else:
             if self._books.up(engine):
                 self._telemetry.event("engine_up", engine=engine.endpoint.address)
             with suppress(ValueError):  # what cannot be read grows stale
-                self._books.read(engine, parse_metrics(text), self._now())
+                self._books.read(engine, parse_metrics(found), self._now())
+
+    async def _ask(
+        self, session: aiohttp.ClientSession, engine: Engine, health: bool
+    ) -> str | Exception | None:
+        """Its metrics; or what went wrong; or None where it says that it is ill."""
+        try:
+            if health and await self._is_ill(session, engine):
+                return None
+            async with session.get(f"{engine.endpoint.url}/metrics") as response:
+                return (await _read(response)).decode("utf-8", "replace")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return error
 
     async def _is_ill(self, session: aiohttp.ClientSession, engine: Engine) -> bool:
         async with session.get(f"{engine.endpoint.url}/health") as response:

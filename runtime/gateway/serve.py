@@ -21,7 +21,7 @@ from servegym.runtime.gateway.lengths import Lengths, load_tokenizer
 from servegym.runtime.gateway.picker import Picker
 from servegym.runtime.gateway.scrape import Watchman
 from servegym.runtime.gateway.server import Server
-from servegym.runtime.gateway.settings import Settings, parse_endpoints, read_classes
+from servegym.runtime.gateway.settings import Settings, find_endpoints, read_classes
 from servegym.runtime.gateway.telemetry import Telemetry
 
 CHANGED_S = 2.0  # pause between two looks at the bundle's folder
@@ -51,7 +51,8 @@ class Gateway:
     def __init__(self, settings: Settings, policy: str, fallback: str | None = None) -> None:
         settings.check()
         self.settings, self.policy = settings, policy
-        self.endpoints = parse_endpoints(settings.engines)
+        endpoints = find_endpoints(settings)
+        self._specs = _specs(settings, len(endpoints))
         self.classes = read_classes(settings.classes)
         self.telemetry = Telemetry(settings.log_requests)
         decider = Decider(policy, fallback, settings.budget_ms / 1e3)
@@ -59,8 +60,8 @@ class Gateway:
             kinds = ", ".join(decider.policy.kinds)
             raise InputError("gateway", "policy", policy, f"it answers {kinds}; a gateway asks for dispatch")
         books = Books(
-            self.endpoints,
-            _specs(settings),
+            endpoints,
+            self._specs,
             Lengths(load_tokenizer(settings.tokenizer)),
             max(service.priority for service in self.classes.values()),
         )
@@ -88,7 +89,7 @@ class Gateway:
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             background = await self._start(stack, tasks)
             if self.settings.envoy:
-                self.envoy = await Envoy.start(self.settings, self.endpoints)
+                self.envoy = await Envoy.start(self.settings, [e.endpoint for e in self.picker.books.engines])
                 stack.push_async_callback(self.envoy.stop)
             self._listen_to_signals(stack, tasks)
             # What lives now lives on: the collector need not look at it while requests wait.
@@ -173,13 +174,23 @@ class Gateway:
             stack.callback(loop.remove_signal_handler, number)
 
     async def reload(self) -> None:
-        """Load the policy anew, beside the requests; one that is refused leaves the present one in place."""
+        """Take the policy anew, and the engines; what is refused leaves the present one in place."""
         try:
+            await self._list_engines()
             await asyncio.to_thread(self.picker.decider.reload, self.policy)
         except InputError as error:
             self.telemetry.event("reload_refused", error=str(error))
         else:
             self.telemetry.event("reloaded", policy=self.picker.decider.policy.name)
+
+    async def _list_engines(self) -> None:
+        if self.settings.engines_file is None:
+            return
+        endpoints = await asyncio.to_thread(find_endpoints, self.settings)  # names may take their time
+        self.picker.books.list_engines(endpoints, self._specs[0])
+        if self.envoy is not None:
+            self.envoy.list_engines(endpoints)
+        self.telemetry.event("engines", listed=[endpoint.address for endpoint in endpoints])
 
     async def _watch_folder(self) -> None:
         """Reload when an export has replaced the bundle."""
@@ -200,8 +211,7 @@ class Gateway:
         return {"serves": f"http://{host}:{settings.port}", **addresses} if settings.envoy else addresses
 
 
-def _specs(settings: Settings) -> list[InstanceSpec]:
-    count = len(settings.engines)
+def _specs(settings: Settings, count: int) -> list[InstanceSpec]:
     profiles = settings.profile if len(settings.profile) == count else settings.profile * count
     return [
         InstanceSpec(name, token_budget=settings.token_budget, max_seqs=settings.max_seqs)

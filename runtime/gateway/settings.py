@@ -18,8 +18,10 @@ DEFAULT_CLASS = "default"
 class Settings:
     """Flags of `servegym gateway`. All ports listen on `host`, which is this machine alone by default."""
 
-    engines: tuple[str, ...]
+    engines: tuple[str, ...] = ()
     """Base URLs of OpenAI-compatible engines, for example http://127.0.0.1:8101 http://127.0.0.1:8102."""
+    engines_file: str | None = None
+    """File of such URLs, one a line, in their place; SIGHUP reads it again."""
     profile: tuple[str, ...] = ("a100-llama-3.1-8b",)
     """Cost profile (see `servegym profile`, `servegym calibrate`) of all engines, or one an engine."""
     max_seqs: int | None = None
@@ -103,8 +105,9 @@ class Settings:
         for name in ("port", "picker_port", "metrics_port"):
             if getattr(self, name) > 65535:
                 raise InputError("gateway", name, getattr(self, name), "ports end at 65535")
-        if not self.engines:
-            raise InputError("gateway", "engines", [], "give at least one URL")
+        if bool(self.engines) == (self.engines_file is not None):
+            hint = "give URLs, or a file of them"
+            raise InputError("gateway", "engines", list(self.engines), hint)
         if len(self.profile) not in (1, len(self.engines)):
             raise InputError("gateway", "profile", list(self.profile), "give one, or one an engine")
         if self.kv_events and not self.tokenizer:
@@ -163,6 +166,25 @@ def parse_endpoints(urls: tuple[str, ...]) -> list[Endpoint]:
             raise InputError("gateway", "engines", endpoint.url, f"{endpoint.address} is there twice")
         seen.add(endpoint.address)
     return endpoints
+
+
+def find_endpoints(settings: Settings) -> list[Endpoint]:
+    """The engines of a gateway, as its flags or its file name them now.
+
+    Raises:
+        InputError: as `parse_endpoints`, or for a file that cannot be read or names none.
+    """
+    path = settings.engines_file
+    if path is None:
+        return parse_endpoints(settings.engines)
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(path, "engines", path, f"cannot be read: {error}") from error
+    urls = tuple(line for line in lines if line and not line.startswith("#"))
+    if not urls:
+        raise InputError(path, "engines", [], "give at least one URL")
+    return parse_endpoints(urls)
 
 
 @dataclass(frozen=True)

@@ -142,5 +142,6 @@ class _State:
         ):
             gauge = GaugeMetricFamily(f"servegym_engine_{name}", about, labels=["engine"])
             for engine, x in zip(books.engines, books.view.instances, strict=True):
-                gauge.add_metric([engine.endpoint.address], read(x))
+                if engine.is_listed:
+                    gauge.add_metric([engine.endpoint.address], read(x))
             yield gauge

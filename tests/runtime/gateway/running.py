@@ -31,7 +31,8 @@ async def running(
     for engine in engines:
         await engine.start()
     urls = tuple(engine.url for engine in engines)
-    settings = replace(QUICK, engines=urls, picker_port=free_port(), metrics_port=free_port(), **flags)
+    flags = {"engines": urls, **flags}
+    settings = replace(QUICK, picker_port=free_port(), metrics_port=free_port(), **flags)
     gateway, ready = Gateway(settings, policy), asyncio.Event()
     task = asyncio.create_task(gateway.run(ready.set))
     waiting = asyncio.create_task(ready.wait())

@@ -3,6 +3,7 @@ import pytest
 from servegym.runtime.gateway.asks import Ask
 from servegym.runtime.gateway.books import MOST_SESSIONS, Sessions
 from servegym.runtime.gateway.readings import Load, Reading
+from servegym.runtime.gateway.settings import Endpoint
 
 PROMPT = b"x" * 4000
 
@@ -170,3 +171,25 @@ def test_a_dead_engine_s_cache_is_empty(make_books):
     assert books.engines[0].index.leading(flight.request.prefix)
     books.down(books.engines[0])
     assert not books.engines[0].index.leading(flight.request.prefix)
+
+
+def test_engines_come_and_go(make_books):
+    books = make_books(3)
+    spec, (a, b, c) = books.engines[0].spec, books.engines
+    flight = sent(books, to=(1, 0))
+    books.list_engines([a.endpoint], spec)
+    assert [x.available for x in books.view.instances] == [True, False, False]
+    new = [Endpoint(f"http://127.0.0.1:{k}", "127.0.0.1", k) for k in (8, 9)]
+    books.list_engines([a.endpoint, *new], spec)
+    # The place of an engine without requests is taken, that of another waits for their end.
+    assert [e.endpoint.port for e in books.engines] == [1, 2, 8, 9]
+    assert [e.is_listed for e in books.engines] == [True, False, True, True]
+    assert set(books.by_address) == {"127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:8", "127.0.0.1:9"}
+    assert len(books.view.fleet.capacity) == 4
+    assert list(books.view.instances[1].inflight) == [flight.request.key]
+    books.ended(flight, 2.0)
+    books.list_engines([a.endpoint, *new, c.endpoint], spec)
+    assert [e.endpoint.port for e in books.engines] == [1, 3, 8, 9]
+    books.list_engines([a.endpoint, b.endpoint, *new], spec)
+    assert books.engines[1].endpoint is b.endpoint
+    assert not any(x.inflight for x in books.view.instances)

@@ -55,15 +55,9 @@ class Client:
 async def behind_envoy(*engines: FakeEngine, policy="least_request", **flags) -> AsyncIterator[tuple]:
     for engine in engines:
         await engine.start()
-    settings = replace(
-        QUICK,
-        engines=tuple(engine.url for engine in engines),
-        envoy=True,
-        port=free_port(),
-        picker_port=free_port(),
-        metrics_port=free_port(),
-        **flags,
-    )
+    flags = {"engines": tuple(engine.url for engine in engines), **flags}
+    ports = {name: free_port() for name in ("port", "picker_port", "metrics_port")}
+    settings = replace(QUICK, envoy=True, **ports, **flags)
     gateway, ready = Gateway(settings, policy), asyncio.Event()
     task = asyncio.create_task(gateway.run(ready.set))
     waiting = asyncio.create_task(ready.wait())
@@ -274,6 +268,30 @@ def test_a_picker_that_stalls_holds_nothing_up_for_longer_than_its_time():
             begin = asyncio.get_running_loop().time()
             assert (await client.post(STREAM))[:2] == (200, TOKENS)
             assert asyncio.get_running_loop().time() - begin < 3.0
+
+    run(test)
+
+
+def test_engines_come_and_go_without_a_restart(tmp_path):
+    async def test():
+        a, b, listed = FakeEngine(first_s=1.0, gap_s=0.2), FakeEngine(), tmp_path / "engines"
+        await a.start()
+        listed.write_text(a.url)
+        async with behind_envoy(b, engines=(), engines_file=str(listed)) as (gateway, client, _):
+            slow = asyncio.create_task(client.post(STREAM))
+            await until(lambda: a.running)
+            listed.write_text(b.url)
+            await gateway.reload()
+            await until(lambda: gateway.picker.able() == [1])
+            for _ in range(4):
+                await asyncio.sleep(0.1)
+                assert (await client.post(STREAM))[:2] == (200, TOKENS)
+            assert await slow == (200, TOKENS, True)
+            assert (len(a.served), b.answered) == (1, 4)
+            await gateway._server.stop(0)  # Envoy knows without the picker
+            assert (await client.post(STREAM))[:2] == (200, TOKENS)
+            assert b.answered == 5
+        await a.stop()
 
     run(test)
 

@@ -110,6 +110,32 @@ def test_a_bundle_decides_and_is_loaded_anew(bundle, exported, capsys):
     assert told.count('"reloaded"') == 2
 
 
+def test_engines_in_a_file_are_read_again(tmp_path, capsys):
+    async def test():
+        a, b, listed = await FakeEngine().start(), FakeEngine(), tmp_path / "engines"
+        listed.write_text(a.url)
+        async with running(b, engines=(), engines_file=str(listed)) as (gateway, envoy):
+            assert (await envoy.post(STREAM)).picked == [a.address]
+            listed.write_text(f"{a.url}\n{b.url}")
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: gateway.picker.able() == [0, 1])
+            listed.write_text(b.url)
+            await gateway.reload()
+            assert (await envoy.post(STREAM)).picked == [b.address]
+            listed.write_text("nonsense")
+            await gateway.reload()
+            assert (await envoy.post(STREAM)).picked == [b.address]
+            listed.write_text(f"{a.url}\n{b.url}")
+            await gateway.reload()
+            await until(lambda: gateway.picker.able() == [0, 1])
+            answers = await asyncio.gather(*(envoy.post(STREAM) for _ in range(4)))
+            assert {answer.served for answer in answers} == {a.address, b.address}
+        await a.stop()
+
+    run(test)
+    assert capsys.readouterr().err.count('"reload_refused"') == 1
+
+
 def test_a_heuristic_is_reloaded_as_itself():
     async def test():
         async with running(FakeEngine()) as (gateway, envoy):

@@ -3,7 +3,13 @@ from dataclasses import replace
 import pytest
 
 from servegym.errors import InputError
-from servegym.runtime.gateway.settings import ServiceClass, Settings, parse_endpoints, read_classes
+from servegym.runtime.gateway.settings import (
+    ServiceClass,
+    Settings,
+    find_endpoints,
+    parse_endpoints,
+    read_classes,
+)
 
 FINE = Settings(engines=("http://127.0.0.1:1",))
 
@@ -12,6 +18,7 @@ FINE = Settings(engines=("http://127.0.0.1:1",))
     ("change", "told"),
     [
         ({"engines": ()}, "engines"),
+        ({"engines_file": "too.txt"}, "engines"),
         ({"scrape_s": 0.0}, "scrape_s"),
         ({"scrape_s": float("nan")}, "scrape_s"),
         ({"retries": -1}, "retries"),
@@ -57,3 +64,16 @@ def test_classes_that_cannot_be_are_refused(tmp_path, text):
     (tmp_path / "classes.toml").write_text(text)
     with pytest.raises(InputError, match=r"classes\.toml"):
         read_classes(str(tmp_path / "classes.toml"))
+
+
+def test_engines_may_stand_in_a_file(tmp_path):
+    path = tmp_path / "engines"
+    settings = Settings(engines_file=str(path))
+    settings.check()
+    for text in (None, "# none\n\n", "nonsense"):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(InputError, match="engines"):
+            find_endpoints(settings)
+    path.write_text("http://127.0.0.1:8101\n  # one\n\n http://127.0.0.1:8102 \n")
+    assert [endpoint.port for endpoint in find_endpoints(settings)] == [8101, 8102]
