@@ -3,8 +3,10 @@
     python benchmarks/decide.py
 
 The network is the default one with fresh weights, which decides as fast as a trained one, exported as
-`servegym export` does. The detail has other fleets; the same decision in a lane of the model (goal 10 us) and
-in numpy; a router's whole decision: the question built from its view, and the answer by way of the thread
+`servegym export` does. The questions are those of a router about one request, as many candidates as engines and
+the default one, which differs from question to question. The detail has other fleets; a question whose default
+and legal candidates are new; the same decision in a lane of the model (goal 10 us) and in numpy; a router's
+whole decision: the question built from its view, and the answer by way of the thread
 that keeps the time budget; and the question of a policy that also migrates.
 """
 
@@ -14,8 +16,9 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -111,12 +114,31 @@ def export(weights_of: DenseNetwork, rows: int, folder: Path) -> BundlePolicy:
     return export_bundle(weights_of, golden, folder, Origin("decide", task=Task(env, decisions)))
 
 
+def in_turn(engines: int, rows: int = 1) -> Iterator[dict[str, np.ndarray]]:
+    """Observations over and over: of requests that arrive one after the other, each at another default."""
+    view, _ = busy(engines)
+    rng, found = np.random.default_rng(0), []
+    for k in range(16):
+        request = RequestView(f"new {k}", view.now_s + 0.01, int(rng.integers(50, 4000)), 250)
+        view.arrived(request)
+        found.append(ask_dispatch(view, request, rows))
+        view.dispatched(request, found[-1].actions[0].instance)
+    return cycle([question.obs for question in found])
+
+
+def new_joins(policy: BundlePolicy, obs: dict[str, np.ndarray]) -> None:
+    """Decide as if nobody had been joined in this way before."""
+    obs["candidates"][0, :, 2] -= 1  # which the network does not read
+    policy.act(obs)
+
+
 def measure(engines: int, policy: BundlePolicy, weights: dict[str, np.ndarray]) -> dict[str, object]:
     view, request = busy(engines)
-    question = ask_dispatch(view, request)
+    question, questions = ask_dispatch(view, request), in_turn(engines)
     decider = Decider(policy, budget_s=1.0)
     found = {
-        "onnxruntime": timed(lambda: policy.act(question.obs)),
+        "onnxruntime": timed(lambda: policy.act(next(questions))),
+        "onnxruntime, new joins": timed(lambda: new_joins(policy, question.obs), 1000),
         "numpy": timed(lambda: numpy_policy.forward(weights, question.obs)[0].argmax(1), 500),
         "question": timed(lambda: ask_dispatch(view, request), 1000),
         "question and decider": timed(lambda: decider.decide(ask_dispatch(view, request)), 1000),
@@ -136,8 +158,8 @@ def main() -> None:
             table[f"{engines} engines"] = found = measure(engines, policy, weights)
             print(f"{engines} engines: " + ", ".join(f"{name} {t['p50']} us" for name, t in found.items()))
         wide = export(network, OFFERS, Path(scratch) / "cluster")
-        obs = ask_dispatch(*busy(16), OFFERS).obs
-        several = timed(lambda: wide.act(obs))
+        offers = in_turn(16, OFFERS)
+        several = timed(lambda: wide.act(next(offers)))
     sixteen = table["16 engines"]
     value = sixteen["onnxruntime"]["p50"]
     print(f"16 engines, {OFFERS} request rows: {several['p50']} us in ONNX Runtime")

@@ -1,16 +1,26 @@
-"""The network as a lean ONNX graph of one observation, written node by node.
+"""The network as a lean ONNX graph of one question, written node by node.
 
 The same function as `servegym.models.numpy_policy.forward`, arranged so that it takes few nodes: at these
-sizes a node costs more than its arithmetic. H is the width, I and R the rows of instances and requests.
+sizes a node costs more than its arithmetic. `servegym.runtime.feed` makes what it reads of an observation,
+scaled as `servegym.models.features` says:
 
-- One matrix Y [R + I, 2 H] holds all rows, requests first: q in the last H columns of theirs, x in the first
-  H of the instances', 0 elsewhere. Weights of both stand behind each other, so that one product serves both.
-- S [C, R + I] has a 1 where a legal candidate joins a row. S (Y W) is what its rows send each candidate; the
-  transpose of S, with its columns divided by their sums, takes means over the candidates of a row.
-- K [R + I, 3] tells rows of requests, instances and padding apart. K P + Y, where P is far below 0 in the
-  columns that a row does not use, leaves 0 there behind the relu.
-- log1p(x / s) = log(x + s) - log(s), the second part in the bias. Of a `linear` feature the logarithm gets
-  weight 0; a large s keeps it finite.
+    rows    [C, INSTANCE + EDGE + 1]  a legal candidate each: the instance that it joins, its edge, and 0;
+                                      behind them each instance that none joins, without an edge, and 1
+    asked   [R, REQUEST + GLOBAL + HISTORY + KINDS]  a request each, with the cluster and the kind of question
+    means   [C, C]  shares of the candidates in the mean over those of each row's instance
+    mine    [R, C]  shares of the candidates in the mean over those of each request
+    pool    [R, C]  shares of the rows in the mean instance, alike in all rows
+    asks    [C, R]  1 at the request that the candidate joins; not read where R is 1
+
+and answers with logits [C, 1], of which those of candidates mean something. Two matrices hold what the
+network knows; H is its width:
+
+- X [C, H + EDGE + 2]: x of the row's instance, its edge, 1 where it has none, and 1. Candidates of the same
+  instance hold the same x. All of it is >= 0, so that a relu changes nothing but x.
+- u [R, 2 H]: q of the request, and g, alike in all rows.
+
+The shares of each row of `means` and `mine` add up to 1, so that what stands in all rows of a matrix, as g
+and 1 do in that of the messages, passes a mean unchanged.
 """
 
 from __future__ import annotations
@@ -22,27 +32,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from servegym.models.features import COUNT, ILLEGAL, IS_LOG, IS_TOTAL, SCALE, WIDTH
+from servegym.envs.cluster.schema import KINDS
+from servegym.models.features import ILLEGAL, WIDTH
 from servegym.models.numpy_policy import depth
 
 OPSET = 18
-_FAR = 1e30  # added to linear features, so that their unused logarithm is finite
-_NOWHERE = 1 << 20  # added to the number of an instance that a candidate shall not join
-_PADDING, _INSTANCE, _REQUEST = range(3)  # columns of K
+ROW = WIDTH["instances"] + WIDTH["edges"] + 1
+ASKED = WIDTH["requests"] + WIDTH["globals"] + WIDTH["history"] + len(KINDS)
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def build_graph(weights: Arrays, requests: int) -> onnx.ModelProto:
-    """The graph of a network, from the arrays of one observation to its logits [C, 1].
-
-    `servegym.runtime.bundle` says how it reads them. Numbers of instances and candidates may vary.
+    """The graph of a network; numbers of candidates, and of several requests, may vary.
 
     Args:
         weights: the tensors of `policy.safetensors`.
-        requests: request rows R of the observations.
+        requests: request rows of the observations that the network was trained on.
     """
-    return _Builder(weights, requests).build()
+    return _Builder(weights, requests == 1).build()
 
 
 class _Graph:
@@ -57,186 +65,119 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(np.array(values, dtype, order="C"), name))
         return name
 
-    def add(self, op: str, *inputs: str, parts: int | None = None, **attributes: Any) -> str:
-        """Add a node; one that has several outputs names these NAME.0, NAME.1, ..."""
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
         name = f"v{len(self.nodes)}"
-        names = [name] if parts is None else [f"{name}.{k}" for k in range(parts)]
-        self.nodes.append(helper.make_node(op, inputs, names, name, **attributes))
+        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
         return name
 
-    def product(self, rows: str, weights: np.ndarray, more: str = "") -> str:
-        """The matrix `rows` times weights [in, out], plus `more`."""
-        return self.add("Gemm", rows, self.constant(weights), *([more] if more else []))
+    def product(self, rows: str, by: np.ndarray | str, more: str = "") -> str:
+        """The matrix `rows` times another, [in, out], plus `more`."""
+        other = by if isinstance(by, str) else self.constant(by)
+        return self.add("Gemm", rows, other, *([more] if more else []))
 
-    def relu(self, rows: str) -> str:
-        return self.add("Relu", rows)
+    def relu(self, rows: str, by: np.ndarray | str, more: str = "") -> str:
+        """The same without what is below 0."""
+        return self.add("Relu", self.product(rows, by, more))
 
 
 class _Builder:
-    """Writes the graph of one network for R request rows."""
+    """Writes the graph of one network, for questions about one request or about several."""
 
-    def __init__(self, weights: Arrays, requests: int) -> None:
-        self.w, self.r = weights, requests
-        self.h = weights["instance_in.weight"].shape[0]
+    def __init__(self, weights: Arrays, is_single: bool) -> None:
+        self.w, self.is_single = weights, is_single
+        self.h = h = weights["instance_in.weight"].shape[0]
+        self.edge = slice(h, h + WIDTH["edges"])  # columns of X
+        self.alone, self.one = self.edge.stop, self.edge.stop + 1
         self.graph = _Graph()
 
     def build(self) -> onnx.ModelProto:
         """The whole graph."""
         g = self.graph
-        self._write_rows()
-        self._write_joins()
-        request, instance = (self._embed(f"{kind}s", f"{kind}_in") for kind in ("request", "instance"))
-        y = self._keep(g.constant(self._unused()), g.add("Concat", request, instance, axis=0))
-        edges, context = self._edges(), self._context()
-        for block, edge in enumerate(edges[:-1]):
-            y, context = self._block(f"blocks.{block}.", y, context, edge)
-        # A legal candidate joins two rows, each of which sends half of what the cluster adds to its score.
-        shared = g.product(context, self.w["head_context.weight"].T / 2)
-        score = self._gather(y, "head_", edges[-1], shared)
-        g.product(score, self.w["head_score.weight"].T, self.illegal)
+        x, u = self._embed()
+        for k in range(depth(self.w)):
+            x, u = self._block(f"blocks.{k}.", x, u)
+        both = np.concatenate([self._of("head_request"), self._of("head_context")])
+        score = g.relu(x, self._joined("head_instance", "head_edge"), self._spread(g.product(u, both)))
+        g.product(score, self._of("head_score"))
         g.nodes[-1].output[0] = "logits"
         return self._model()
 
-    def _both(self, name: str, axis: int) -> np.ndarray:
-        """Parameters of instances, then of requests; `{}` stands for the kind."""
-        parts = [self.w[name.format(kind)].T for kind in ("instance", "request")]
-        return np.concatenate(parts, axis)
+    def _of(self, name: str) -> np.ndarray:
+        """Weights [in, out]."""
+        return self.w[f"{name}.weight"].T
 
-    # --- inputs -------------------------------------------------------------------------------------------
+    def _joined(self, instance: str, edge: str) -> np.ndarray:
+        """What an X's instance and edge send to a candidate, [columns of X, H]."""
+        weights = np.zeros((self.one + 1, self.h))
+        weights[: self.h], weights[self.edge] = self._of(instance), self._of(edge)
+        weights[self.one] = self.w[f"{edge}.bias"]
+        return weights
 
-    def _logged(self, table: str) -> str:
-        """Logarithms of a table's features, then the features as they are."""
-        g = self.graph
-        shift = np.where(IS_LOG[table], SCALE[table], np.float32(_FAR))
-        return g.add("Concat", g.add("Log", g.add("Add", table, g.constant(shift))), table, axis=1)
+    def _spread(self, rows: str) -> str:
+        """Rows of requests -> what each candidate gets of them; a single row is added to all as it is."""
+        return rows if self.is_single else self.graph.product("asks", rows)
 
-    def _layer(self, table: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Weights and bias that make of `_logged` features what the layer `name` makes of scaled ones."""
-        weight = self.w[f"{name}.weight"].T.astype(np.float64)
-        is_log, scale = IS_LOG[table], SCALE[table].astype(np.float64)
-        bias = self.w[f"{name}.bias"] - (is_log * np.log(scale)) @ weight
-        return np.concatenate([weight * is_log[:, None], weight * (~is_log / scale)[:, None]]), bias
+    def _embed(self) -> tuple[str, str]:
+        """X and u from the inputs."""
+        g, h, w = self.graph, self.h, self.w
+        n = WIDTH["instances"]
+        row, row_bias = np.zeros((ROW, self.one + 1)), np.zeros(self.one + 1)
+        row[:n, :h], row_bias[:h] = self._of("instance_in"), w["instance_in.bias"]
+        row[n:, h : self.one], row_bias[self.one] = np.eye(WIDTH["edges"] + 1), 1.0
+        n = WIDTH["requests"]
+        asked = np.zeros((ASKED, 2 * h))
+        asked[:n, :h] = self._of("request_in")
+        asked[n:, h:] = np.concatenate([self._of("context_in"), w["kind.weight"]])
+        asked_bias = np.concatenate([w["request_in.bias"], w["context_in.bias"]])
+        x = g.relu("rows", row, g.constant(row_bias))
+        return x, g.relu("asked", asked, g.constant(asked_bias))
 
-    def _embed(self, table: str, name: str) -> str:
-        """Rows of Y before the relu."""
-        half = slice(0, self.h) if table == "instances" else slice(self.h, None)
-        weight, bias = (np.zeros((*part.shape[:-1], 2 * self.h)) for part in self._layer(table, name))
-        weight[:, half], bias[half] = self._layer(table, name)
-        return self.graph.product(self._logged(table), weight, self.graph.constant(bias))
-
-    def _edges(self) -> list[str]:
-        """What the edge adds to each candidate's message in every block, and to its score."""
-        names = [*(f"blocks.{k}.message_edge" for k in range(depth(self.w))), "head_edge"]
-        weight, bias = (
-            np.concatenate(p, -1) for p in zip(*(self._layer("edges", n) for n in names), strict=True)
-        )
-        every = self.graph.product(self._logged("edges"), weight, self.graph.constant(bias))
-        sizes = self.graph.constant([self.h] * len(names), np.int64)
-        split = self.graph.add("Split", every, sizes, parts=len(names), axis=1)
-        return [f"{split}.{k}" for k in range(len(names))]
-
-    def _context(self) -> str:
-        """Embed the cluster: g before the first block.
-
-        With n instances, a total becomes log1p(x / (n s)) = log(x + n s) - log n - log s, and n itself
-        log1p(s / n) = log(n + s) - log n. One product adds n s, and appends n.
-        """
-        g, size = self.graph, WIDTH["globals"] + WIDTH["history"]
-        scale = np.concatenate([SCALE["globals"], SCALE["history"]]).astype(np.float64)
-        is_total = np.concatenate([IS_TOTAL, np.ones(WIDTH["history"], bool)])
-        is_count = np.arange(size) == COUNT
-        spread = np.eye(size, size + 1)
-        spread[COUNT, :size] += is_total * scale
-        spread[COUNT, size] = 1.0
-        shift = np.append(np.where(is_total, 0.0, scale), 0.0)
-        values = g.add("Concat", "globals", "history", axis=1)
-        logs = g.add("Log", g.product(values, spread, g.constant(shift)))
-        weight = self.w["context_in.weight"].T.astype(np.float64)
-        weights = np.concatenate([weight, -((is_total | is_count) @ weight)[None]])
-        bias = self.w["context_in.bias"] - (np.log(scale) * ~is_count) @ weight
-        kind = g.add("Gather", g.constant(self.w["kind.weight"] + bias), "kind", axis=0)
-        return g.relu(g.product(logs, weights, kind))
-
-    # --- who is joined to whom ----------------------------------------------------------------------------
-
-    def _write_rows(self) -> None:
-        """K, and the share of each row in the mean instance."""
-        g = self.graph
-        rows = g.add("Pad", "instance_mask", g.constant([self.r, 0], np.int64), g.constant(_REQUEST, np.int8))
-        rows = g.add("Cast", rows, to=TensorProto.INT32)
-        self.kinds = g.add("Gather", g.constant(np.eye(3)), rows, axis=0)
-        real = g.add("Gather", g.constant(np.eye(3)[[_INSTANCE]]), rows, axis=1)
-        self.share = g.add("LpNormalization", real, axis=1, p=1)
-
-    def _write_joins(self) -> None:
-        """S, the means over it, and what forbids illegal candidates.
-
-        Candidates are (request, instance, source); the source joins nothing, illegal ones nothing at all.
-        """
-        g, r = self.graph, self.r
-        mask = g.add("Cast", "mask", to=TensorProto.INT32)
-        self.illegal = g.add("Gather", g.constant([[2 * ILLEGAL], [0.0]]), mask, axis=0)
-        moved = g.add("Gather", g.constant([[r, _NOWHERE, 0], [0, 0, 0]], np.int32), mask, axis=0)
-        rows = g.add("Add", "candidates", moved)
-        request, instance = (g.add("Gather", rows, g.constant(k, np.int64), axis=1) for k in range(2))
-        size = g.add("Cast", g.add("Shape", "instances", end=1), to=TensorProto.INT32)
-        hot = g.add("OneHot", instance, size, g.constant([0.0, 1.0]))
-        known = g.constant(np.eye(2 * r, r))  # illegal candidates have rows from r on, of zeros
-        self.joins = g.add("Concat", g.add("Gather", known, request, axis=0), hot, axis=1)
-        self.means = g.add("LpNormalization", self.joins, axis=0, p=1)
-
-    def _unused(self) -> np.ndarray:
-        """P, [3, 2 H]."""
-        unused = np.full((3, 2 * self.h), 2 * ILLEGAL)
-        unused[_INSTANCE, : self.h] = unused[_REQUEST, self.h :] = 0.0
-        return unused
-
-    def _keep(self, unused: str, rows: str) -> str:
-        """relu(K P + rows), with P by name."""
-        return self.graph.relu(self.graph.add("Gemm", self.kinds, unused, rows))
-
-    # --- message passing ----------------------------------------------------------------------------------
-
-    def _gather(self, y: str, prefix: str, more: str, shared: str = "") -> str:
-        """relu(what its rows send each candidate, twice `shared` included, + more), [C, H]."""
-        sent = self.graph.product(y, self._both(f"{prefix}{{}}.weight", 0), shared)
-        return self.graph.relu(self.graph.add("Gemm", self.joins, sent, more))
-
-    def _block(self, name: str, y: str, context: str, edge: str) -> tuple[str, str]:
-        """One round: the next Y and g."""
-        g = self.graph
-        message = self._gather(y, f"{name}message_", edge)
-        context = self._pool(name, y, context)
-        bias = g.constant(self._both(f"{name}{{}}_message.bias", 0))
-        shared = g.product(context, self._both(f"{name}{{}}_context.weight", 1), bias)
-        mean = g.add("Gemm", self.means, message, transA=1)
-        update = g.product(mean, self._both(f"{name}{{}}_message.weight", 1), y)
-        return self._keep(g.add("Add", shared, g.constant(self._unused())), update), context
-
-    def _pool(self, name: str, y: str, context: str) -> str:
-        """relu(g + pool [mean, maximum of x]); the halves of q have no weight."""
+    def _block(self, name: str, x: str, u: str) -> tuple[str, str]:
+        """One round: the next X and u."""
         g, h = self.graph, self.h
-        mean = g.add("MatMul", self.share, y)
-        most = g.add("ReduceMax", y, g.constant([0], np.int64), keepdims=1)
-        weights = np.zeros((5 * h, h))
-        weights[:h] = np.eye(h)
-        weights[h : 2 * h], weights[3 * h : 4 * h] = np.split(self.w[f"{name}pool.weight"].T, 2)
-        both = g.add("Concat", context, mean, most, axis=1)
-        return g.relu(g.product(both, weights, g.constant(self.w[f"{name}pool.bias"])))
+        u = self._pool(name, x, u)
+        # Messages [C, 2 H + 1]: m, g, and 1. Rows without an edge send nothing.
+        sent = np.zeros((2 * h, 2 * h + 1))
+        sent[:h, :h], sent[h:, h : 2 * h] = self._of(f"{name}message_request"), np.eye(h)
+        joined = np.zeros((self.one + 1, 2 * h + 1))
+        joined[:, :h] = self._joined(f"{name}message_instance", f"{name}message_edge")
+        joined[self.alone, :h], joined[self.one, 2 * h] = ILLEGAL, 1.0
+        messages = g.relu(x, joined, self._spread(g.product(u, sent)))
+        u = g.relu(g.product("mine", messages), self._update(f"{name}request", 2 * h), u)
+        updates = g.product(messages, self._update(f"{name}instance", self.one + 1))
+        return g.relu("means", updates, x), u
+
+    def _update(self, kind: str, columns: int) -> np.ndarray:
+        """From messages to the first H columns of X or u."""
+        weights = np.zeros((2 * self.h + 1, columns))
+        weights[:, : self.h] = np.concatenate(
+            [self._of(f"{kind}_message"), self._of(f"{kind}_context"), self.w[f"{kind}_message.bias"][None]]
+        )
+        return weights
+
+    def _pool(self, name: str, x: str, u: str) -> str:
+        """Put the next g into u: relu(g + pool [mean, maximum of x])."""
+        g, h = self.graph, self.h
+        mean, most = np.zeros((2, self.one + 1, 2 * h))
+        mean[:h, h:], most[:h, h:] = np.split(self._of(f"{name}pool"), 2)
+        mean[self.one, h:] = self.w[f"{name}pool.bias"]
+        maximum = g.add("ReduceMax", x, g.constant([0], np.int64), keepdims=1)
+        more = g.product(maximum, most, u) if self.is_single else g.add("Add", g.product(maximum, most), u)
+        return g.relu(g.product("pool", x), mean, more)
 
     def _model(self) -> onnx.ModelProto:
-        shapes: dict[str, tuple[int, list[str | int]]] = {
-            "instances": (TensorProto.FLOAT, ["instances", WIDTH["instances"]]),
-            "requests": (TensorProto.FLOAT, [self.r, WIDTH["requests"]]),
-            "candidates": (TensorProto.INT32, ["candidates", 3]),
-            "edges": (TensorProto.FLOAT, ["candidates", WIDTH["edges"]]),
-            "globals": (TensorProto.FLOAT, [1, WIDTH["globals"]]),
-            "history": (TensorProto.FLOAT, [1, WIDTH["history"]]),
-            "instance_mask": (TensorProto.INT8, ["instances"]),
-            "mask": (TensorProto.INT8, ["candidates"]),
-            "kind": (TensorProto.INT64, [1]),
+        requests: str | int = 1 if self.is_single else "requests"
+        shapes: dict[str, list[str | int]] = {
+            "rows": ["candidates", ROW],
+            "asked": [requests, ASKED],
+            "means": ["candidates", "candidates"],
+            "mine": [requests, "candidates"],
+            "pool": [requests, "candidates"],
+            "asks": ["candidates", requests],
         }
-        inputs = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in shapes.items()]
+        read = {name for node in self.graph.nodes for name in node.input}
+        tensors = {name: shape for name, shape in shapes.items() if name in read}
+        inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in tensors.items()]
         output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["candidates", 1])
         graph = helper.make_graph(self.graph.nodes, "policy", inputs, [output], self.graph.constants)
         opset = helper.make_opsetid("", OPSET)
