@@ -252,11 +252,10 @@ class Books:
 
     # --- engines ----------------------------------------------------------------------------------------
 
-    def list_engines(self, endpoints: Sequence[Endpoint], spec: InstanceSpec) -> None:
+    def list_engines(self, endpoints: Sequence[Endpoint], specs: Sequence[InstanceSpec]) -> None:
         """These are the engines from now on; what runs on another may end there.
 
-        Args:
-            spec: of those that are new. They take the places of others that have nothing to do any more.
+        New ones take the places of others that have nothing to do any more.
         """
         addresses = {endpoint.address for endpoint in endpoints}
         for engine in self.engines:
@@ -265,7 +264,7 @@ class Books:
                 self.down(engine)
         instances = list(self.view.instances)
         free = [e.number for e in self.engines if not e.is_listed and not self._is_used(e.number)]
-        for endpoint in endpoints:
+        for endpoint, spec in zip(endpoints, specs, strict=True):
             if endpoint.address not in self.by_address:
                 number = free.pop() if free else len(instances)
                 engine, instance = _open(number, endpoint, spec)

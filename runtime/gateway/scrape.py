@@ -100,13 +100,13 @@ class Watchman:
         try:
             if health and await self._is_ill(session, engine):
                 return None
-            async with session.get(f"{engine.endpoint.url}/metrics") as response:
+            async with session.get(f"http://{engine.endpoint.address}/metrics") as response:
                 return (await _read(response)).decode("utf-8", "replace")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return error
 
     async def _is_ill(self, session: aiohttp.ClientSession, engine: Engine) -> bool:
-        async with session.get(f"{engine.endpoint.url}/health") as response:
+        async with session.get(f"http://{engine.endpoint.address}/health") as response:
             return response.status >= 500
 
     def _down(self, engine: Engine, why: str) -> None:

@@ -7,7 +7,7 @@ import gc
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from servegym.envs.cluster.spec import InstanceSpec
@@ -24,7 +24,7 @@ from servegym.runtime.gateway.server import Server
 from servegym.runtime.gateway.settings import Settings, find_endpoints, read_classes
 from servegym.runtime.gateway.telemetry import Telemetry
 
-CHANGED_S = 2.0  # pause between two looks at the bundle's folder
+CHANGED_S = 2.0  # pause between two looks at the bundle's folder, and at the names of engines that are gone
 FAILED = 1
 
 
@@ -52,7 +52,6 @@ class Gateway:
         settings.check()
         self.settings, self.policy = settings, policy
         endpoints = find_endpoints(settings)
-        self._specs = _specs(settings, len(endpoints))
         self.classes = read_classes(settings.classes)
         self.telemetry = Telemetry(settings.log_requests)
         decider = Decider(policy, fallback, settings.budget_ms / 1e3)
@@ -61,7 +60,7 @@ class Gateway:
             raise InputError("gateway", "policy", policy, f"it answers {kinds}; a gateway asks for dispatch")
         books = Books(
             endpoints,
-            self._specs,
+            _specs(settings, len(endpoints)),
             Lengths(load_tokenizer(settings.tokenizer)),
             max(service.priority for service in self.classes.values()),
         )
@@ -116,7 +115,7 @@ class Gateway:
             raise InputError("gateway", "metrics_port", settings.metrics_port, str(error)) from error
         looked = asyncio.Event()
         watchman = Watchman(books, settings, self.telemetry, self.now)
-        background = [tasks.create_task(watchman.run(looked))]
+        background = [tasks.create_task(watchman.run(looked)), tasks.create_task(self._watch_names())]
         if settings.kv_events is not None:
             from servegym.runtime.gateway.kv_events import KVEvents  # late: pyzmq and msgpack are extras
 
@@ -184,13 +183,24 @@ class Gateway:
             self.telemetry.event("reloaded", policy=self.picker.decider.policy.name)
 
     async def _list_engines(self) -> None:
-        if self.settings.engines_file is None:
+        """Use the engines that flags or file name now, at the addresses that their names have now."""
+        endpoints = await asyncio.to_thread(find_endpoints, self.settings)
+        books, addresses = self.picker.books, {endpoint.address for endpoint in endpoints}
+        if addresses == {engine.endpoint.address for engine in books.engines if engine.is_listed}:
             return
-        endpoints = await asyncio.to_thread(find_endpoints, self.settings)  # names may take their time
-        self.picker.books.list_engines(endpoints, self._specs[0])
+        books.list_engines(endpoints, _specs(self.settings, len(endpoints)))
         if self.envoy is not None:
             self.envoy.list_engines(endpoints)
-        self.telemetry.event("engines", listed=[endpoint.address for endpoint in endpoints])
+        self.telemetry.event("engines", listed=sorted(addresses))
+
+    async def _watch_names(self) -> None:
+        """Look for engines that are gone: they may come back under another address."""
+        books = self.picker.books
+        while True:
+            await asyncio.sleep(CHANGED_S)
+            if any(e.is_listed and not books.view.instances[e.number].available for e in books.engines):
+                with suppress(InputError):  # a name that does not resolve yet
+                    await self._list_engines()
 
     async def _watch_folder(self) -> None:
         """Reload when an export has replaced the bundle."""

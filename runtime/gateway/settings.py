@@ -21,7 +21,7 @@ class Settings:
     engines: tuple[str, ...] = ()
     """Base URLs of OpenAI-compatible engines, for example http://127.0.0.1:8101 http://127.0.0.1:8102."""
     engines_file: str | None = None
-    """File of such URLs, one a line, in their place; SIGHUP reads it again."""
+    """File of such URLs, one a line, in their place; SIGHUP reads it again, and looks up their names."""
     profile: tuple[str, ...] = ("a100-llama-3.1-8b",)
     """Cost profile (see `servegym profile`, `servegym calibrate`) of all engines, or one an engine."""
     max_seqs: int | None = None

@@ -14,8 +14,8 @@ from servegym.runtime.gateway.settings import Settings
 class Command(Settings):
     """Put a policy in front of a list of engines: an endpoint picker, and an Envoy that asks it.
 
-    Clients talk to `http://HOST:PORT/v1/...` as to one engine. SIGHUP, or a changed folder, loads the bundle
-    anew; SIGTERM lets requests in flight end first.
+    Clients talk to `http://HOST:PORT/v1/...` as to one engine. SIGHUP loads the bundle anew, as a change of
+    its folder does, and looks up the engines again; SIGTERM lets requests in flight end first.
     """
 
     policy: tyro.conf.Positional[str]
@@ -25,6 +25,6 @@ class Command(Settings):
 
     def run(self) -> int:
         """Serve until a signal or Envoy's end; returns 0 after a signal."""
-        from servegym.runtime.gateway.serve import serve  # late: grpcio is an extra
+        from servegym.runtime.gateway.serve import serve  # late: what it imports is an extra
 
         return serve(self, self.policy, self.fallback)

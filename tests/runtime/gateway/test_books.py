@@ -176,11 +176,15 @@ def test_a_dead_engine_s_cache_is_empty(make_books):
 def test_engines_come_and_go(make_books):
     books = make_books(3)
     spec, (a, b, c) = books.engines[0].spec, books.engines
+
+    def now(endpoints):
+        books.list_engines(endpoints, [spec] * len(endpoints))
+
     flight = sent(books, to=(1, 0))
-    books.list_engines([a.endpoint], spec)
+    now([a.endpoint])
     assert [x.available for x in books.view.instances] == [True, False, False]
     new = [Endpoint(f"http://127.0.0.1:{k}", "127.0.0.1", k) for k in (8, 9)]
-    books.list_engines([a.endpoint, *new], spec)
+    now([a.endpoint, *new])
     # The place of an engine without requests is taken, that of another waits for their end.
     assert [e.endpoint.port for e in books.engines] == [1, 2, 8, 9]
     assert [e.is_listed for e in books.engines] == [True, False, True, True]
@@ -188,8 +192,8 @@ def test_engines_come_and_go(make_books):
     assert len(books.view.fleet.capacity) == 4
     assert list(books.view.instances[1].inflight) == [flight.request.key]
     books.ended(flight, 2.0)
-    books.list_engines([a.endpoint, *new, c.endpoint], spec)
+    now([a.endpoint, *new, c.endpoint])
     assert [e.endpoint.port for e in books.engines] == [1, 3, 8, 9]
-    books.list_engines([a.endpoint, b.endpoint, *new], spec)
+    now([a.endpoint, b.endpoint, *new])
     assert books.engines[1].endpoint is b.endpoint
     assert not any(x.inflight for x in books.view.instances)

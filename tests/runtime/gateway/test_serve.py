@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -134,6 +135,29 @@ def test_engines_in_a_file_are_read_again(tmp_path, capsys):
 
     run(test)
     assert capsys.readouterr().err.count('"reload_refused"') == 1
+
+
+def test_an_engine_that_comes_back_under_another_address_is_found(monkeypatch):
+    address, resolve = "127.0.0.9", socket.getaddrinfo
+
+    def look_up(host, *rest, **more):
+        return resolve(address if host == "engine.invalid" else host, *rest, **more)
+
+    async def test():
+        nonlocal address
+        a, b = await FakeEngine().start(), await FakeEngine().start()
+        urls = (f"http://engine.invalid:{a.port}", f"http://127.0.0.1:{free_port()}", b.url)
+        async with running(engines=urls) as (gateway, envoy):
+            assert (await envoy.post(STREAM)).picked == [b.address]
+            address = "127.0.0.1"
+            await until(lambda: gateway.picker.able() == [0, 2])
+            assert (await envoy.post(STREAM, subset=[a.address])).body == TOKENS
+        await a.stop()
+        await b.stop()
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("servegym.runtime.gateway.serve.CHANGED_S", 0.1)
+    run(test)
 
 
 def test_a_heuristic_is_reloaded_as_itself():
