@@ -70,8 +70,8 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 LIMITS = Limits(token_budget=64, max_seqs=8, max_context=96, kv_blocks=64, block_tokens=16)
-SIZE, PLAYS = 4, 2  # random shapes of each kind; plays between two measurements of all shapes
-SECONDS, LEAST_CYCLES = 225.0, 3
+SIZE, FIRST, PLAYS = 4, 4, 2  # random shapes of each kind; measurements at first; plays between two of them
+SECONDS, LEAST_CYCLES = 255.0, 3
 POLICIES = (
     "round_robin",
     "random",
@@ -146,26 +146,44 @@ class Pair:
     """Both instances: what they play, and what their iterations take meanwhile."""
 
     def __init__(self, folder: Path) -> None:
-        models = {name: transformer(name, layers, folder) for name, layers in DEPTHS.items()}
-        self.folder, self.calibrations = folder, calibrated(models)
-        fleet = fleet_of({name: c.profile for name, c in self.calibrations.items()}, folder)
+        self.folder = folder
+        self.models = {name: transformer(name, layers, folder) for name, layers in DEPTHS.items()}
+        self.calibrations = calibrated(self.models)
+        self.open({name: c.profile for name, c in self.calibrations.items()})
+        # Policies see costs, too: those of both instances at the same time, over some seconds.
+        self.open(self.profiles([self.measured(k) for k in range(FIRST)]))
+        self.play(POLICIES[0])  # forgotten: imports and compilation
+        self.last = self.measured(FIRST)
+
+    def open(self, profiles: dict[str, Profile]) -> None:
+        """Instances with these profiles."""
+        fleet = fleet_of(profiles, self.folder)
         paths = [spec.profile for spec in fleet.instances]
-        self.player = EnginePlayer(models=dict(zip(paths, models.values(), strict=True)))
+        self.player = EnginePlayer(dict(zip(paths, self.models.values(), strict=True)))
         self.episode = episode_of(fleet)
         _, instances = self.player.instances(fleet, self.episode.workload.prefix_block_tokens)
         self.benches = [EngineBench(instance) for instance in instances]
-        self.play(POLICIES[0])  # forgotten: imports and compilation
-        self.last = self.measured(0)
 
     def play(self, policy: str) -> dict[str, float]:
         """Metrics of a play in real time."""
         return measure(self.player, make_heuristic(policy), SCENARIO, self.episode, SEED)
 
     def measured(self, seed: int) -> list[np.ndarray]:
-        """Of each instance seconds of all shapes, float64 [shapes, rounds]; the faster, the more rounds."""
+        """Of each instance seconds of all shapes, float64 [shapes, rounds]; the faster, the more rounds.
+
+        The deep one is alone for the last part of its round, as it is towards the end of most plays.
+        """
         shapes = next(iter(self.calibrations.values())).design.fitted
-        rounds = [max(DEPTHS.values()) // layers for layers in DEPTHS.values()]
+        rounds = [max(max(DEPTHS.values()) // layers - 1, 1) for layers in DEPTHS.values()]
         return measure_together(self.benches, shapes, rounds, seed)
+
+    def profiles(self, measurements: list[list[np.ndarray]]) -> dict[str, Profile]:
+        """Profiles fitted to the means of these measurements."""
+        means = [np.hstack(rounds).mean(axis=1) for rounds in zip(*measurements, strict=True)]
+        return {
+            name: measured_again(calibration, mean)
+            for (name, calibration), mean in zip(self.calibrations.items(), means, strict=True)
+        }
 
     def cycle(self, number: int) -> Cycle:
         """Plays with measurements before, between and after, and what the model says then."""
@@ -176,12 +194,7 @@ class Pair:
             if k % PLAYS == 0:
                 measurements.append(self.measured(number * len(POLICIES) + k))
         self.last = measurements[-1]
-        means = [np.hstack(rounds).mean(axis=1) for rounds in zip(*measurements, strict=True)]
-        profiles = {
-            name: measured_again(calibration, mean)
-            for (name, calibration), mean in zip(self.calibrations.items(), means, strict=True)
-        }
-        fleet = fleet_of(profiles, self.folder / str(number))
+        fleet = fleet_of(self.profiles(measurements), self.folder / str(number))
         episode = replace(self.episode, cluster=fleet)
         said = {name: predict(make_heuristic(name), SCENARIO, episode, SEED) for name in POLICIES}
         return Cycle(plays, said, time.perf_counter() - begin)

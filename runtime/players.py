@@ -55,7 +55,7 @@ def _torch(fleet: ClusterSpec, device: str) -> Player:
             known = " or ".join(map(str, _DTYPES))
             raise InputError(name, "model.bytes_per_value", profile.model.bytes_per_value, f"must be {known}")
         models[name] = Transformer(config, device, dtype)
-    return EnginePlayer(device=device, models=models)
+    return EnginePlayer(models)
 
 
 def _beside(profile: Path, name: str) -> Path:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from statistics import median
 from time import perf_counter
 
 import numpy as np
 import torch
 
-from servegym.runtime.calibrate.machine import timed
+from servegym.runtime.calibrate.machine import timed, wait_for
 from servegym.runtime.calibrate.shapes import LEAST_CONTEXT, Shape
-from servegym.runtime.engine.batch import build_batch
 from servegym.runtime.engine.instance import Instance
-from servegym.runtime.engine.request import Request, make_request
+from servegym.runtime.engine.request import make_request
 
 ROUNDS = 25  # of the smallest iteration, for its fixed part
 MORE = 4  # output tokens: no request finishes in the iteration that is timed
@@ -26,23 +23,23 @@ class EngineBench:
     def __init__(self, instance: Instance, seed: int = 0) -> None:
         self._instance, self._rng = instance, np.random.default_rng(seed)
         self._vocabulary = instance.model.config.vocabulary
-        self._device = instance.model.device.type
+        self._device = instance.model.device
 
     def run(self, shape: Shape) -> float:
         """Seconds from the start of scheduling to the last token's delivery."""
         self._place(shape)
-        self._wait()
+        wait_for(self._device)
         start = perf_counter()
         self._instance.step()
-        self._wait()
+        wait_for(self._device)
         return perf_counter() - start
 
     def _place(self, shape: Shape) -> None:
         self._instance.clear()
         for context in shape.contexts:
-            self._instance.place(self._request(context - 1), context - 1)
+            self._put(context - 1, 0)
         for new, past in shape.chunks:
-            self._instance.place(self._request(past + new), past)
+            self._put(past, new)
 
     def overheads(self) -> tuple[float, float]:
         """Seconds of the smallest iteration beside its forward pass, and until that pass is launched.
@@ -54,30 +51,21 @@ class EngineBench:
         launches, passes = [], []
         with torch.cuda.stream(self._instance.stream), torch.inference_mode():
             for _ in range(ROUNDS):
-                forward = self._forward(smallest)
-                self._wait()
+                self._place(smallest)
+                forward = self._instance.forward(self._instance.scheduler.schedule())
+                wait_for(self._device)
                 start = perf_counter()
                 forward()
                 launches.append(perf_counter() - start)
-                passes.append(timed(forward, self._device))
+                passes.append(timed(forward, self._device.type))
         return max(whole - median(passes), 0.0), median(launches)
 
-    def _forward(self, shape: Shape) -> Callable[[], object]:
-        """The forward pass of a shape, as an iteration runs it."""
-        self._place(shape)
-        instance = self._instance
-        plan = instance.scheduler.schedule()
-        decodes = [r for r, _ in plan if r.decoding]
-        batch = build_batch(
-            decodes, plan[len(decodes) :], instance.setting.block_tokens, instance.model.device
-        )
-        if instance.graphs and len(decodes) == len(plan):
-            return partial(instance.graphs.run, batch)
-        return partial(instance.model.forward, batch, instance.cache)
-
-    def _request(self, prompt: int) -> Request:
-        return make_request(0, self._rng.integers(self._vocabulary, size=prompt), MORE)
-
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+    def _put(self, computed: int, new: int) -> None:
+        """A request has KV of so many tokens and `new` more to compute before it decodes."""
+        prompt = self._rng.integers(self._vocabulary, size=computed + new)
+        r, scheduler = make_request(0, prompt, MORE), self._instance.scheduler
+        scheduler.memory.grow(r, max(computed, 1))
+        r.computed, r.instance = computed, scheduler.number
+        if not new:
+            r.stream(0, perf_counter())
+        scheduler.running.append(r)

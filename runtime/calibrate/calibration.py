@@ -21,9 +21,9 @@ from servegym.runtime.calibrate.machine import Machine, host_bandwidth, memory_b
 from servegym.runtime.calibrate.measure import beside, measure, typical
 from servegym.runtime.calibrate.shapes import Axes, Design, Limits, design
 from servegym.runtime.calibrate.start import start_of, warm_up_s, weights_s
+from servegym.runtime.calibrate.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
 from servegym.runtime.engine.instance import Instance
 from servegym.runtime.engine.model import Transformer
-from servegym.runtime.engine.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
 
 MOST_COPIED = 8192  # tokens of the longest copy that is measured
 DOWNTIME_CONTEXTS = tuple(256 << k for k in range(6))  # 256 ... 8k, as in Llumnix, figure 10

@@ -73,6 +73,12 @@ def timed(work, device: str, rounds: int = 1) -> float:  # type: ignore[no-untyp
     return median(_by_events(work) for _ in range(rounds))
 
 
+def wait_for(device: torch.device) -> None:
+    """Return once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _by_clock(work) -> float:  # type: ignore[no-untyped-def]
     start = perf_counter()
     work()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count, repeat
 from threading import Event, Thread
 from typing import Protocol
 
 import numpy as np
 
 from servegym.runtime.calibrate.shapes import Shape
-from servegym.runtime.engine.instance import undisturbed
+from servegym.runtime.steady import take_core, undisturbed
 
 
 class Bench(Protocol):
@@ -43,9 +42,17 @@ def measure(
 def measure_together(
     benches: Sequence[Bench], shapes: Sequence[Shape], rounds: Sequence[int], seed: int = 0
 ) -> list[np.ndarray]:
-    """Seconds on each bench, in so many rounds, while the others are measured; without a warm-up."""
+    """Seconds on each bench, in so many rounds, while the others are measured; without a warm-up.
+
+    Each has the core on which its instance plays.
+    """
+
+    def one(k: int) -> np.ndarray:
+        take_core(k, len(benches))
+        return _measure(benches[k], shapes, rounds[k], seed + k)
+
     with undisturbed(), ThreadPoolExecutor(len(benches)) as pool:
-        return list(pool.map(_measure, benches, repeat(shapes), rounds, count(seed)))
+        return list(pool.map(one, range(len(benches))))
 
 
 def _measure(

@@ -83,19 +83,3 @@ def gather(
         torch.index_select(cache, 0, blocks, out=half[:size].view(shape))
         for cache, half in zip((keys, values), buffer, strict=True)
     )  # type: ignore[return-value]
-
-
-def plain_decode(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
-    """The same as the decode kernels, a request at a time in float64: the reference of their tests."""
-    group = q.shape[1] // keys.shape[2]
-    rows = []
-    for query, table, length in zip(q.double(), tables, lengths.tolist(), strict=True):
-        k, v = (
-            cache[table].flatten(0, 1)[:length].double().repeat_interleave(group, 1)
-            for cache in (keys, values)
-        )
-        weights = (torch.einsum("hd,thd->ht", query, k) / query.shape[-1] ** 0.5).softmax(-1)
-        rows.append(torch.einsum("ht,thd->hd", weights, v))
-    return torch.stack(rows).to(q.dtype)

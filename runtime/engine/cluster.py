@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from enum import IntEnum
 from functools import partial
-from pathlib import Path
 from threading import Condition, RLock, Thread
 
 import numpy as np
@@ -25,14 +24,14 @@ from servegym.envs.costs.profile import profile_path
 from servegym.envs.records import Records
 from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
-from servegym.runtime.engine.config import load_config
 from servegym.runtime.engine.copier import BlockCopier
-from servegym.runtime.engine.instance import Instance, undisturbed
+from servegym.runtime.engine.instance import Instance
 from servegym.runtime.engine.migration import Migration
 from servegym.runtime.engine.model import Transformer
-from servegym.runtime.engine.prompts import token_ids
 from servegym.runtime.engine.request import Request, make_request
 from servegym.runtime.engine.router import Router
+from servegym.runtime.prompts import token_ids
+from servegym.runtime.steady import take_core, undisturbed
 from servegym.runtime.view import InstanceSettings
 
 
@@ -46,9 +45,7 @@ class EnginePlayer:
     """Plays policies on engines of this process; the counterpart of `servegym.agents.play.play`.
 
     Args:
-        device, dtype: of all models.
-        models: path of a profile -> the model of the instances that name it. Others are made, with random
-            weights, from the config.json beside their profile, as `servegym calibrate` leaves it.
+        models: path of a profile -> the model of the instances that name it.
         budget_s: most seconds that a decision may take before the fallback answers.
 
     Attributes:
@@ -57,15 +54,9 @@ class EnginePlayer:
             at the target).
     """
 
-    def __init__(
-        self,
-        device: str = "cpu",
-        dtype: str = "float32",
-        models: Mapping[str, Transformer] | None = None,
-        budget_s: float = 1.0,
-    ) -> None:
-        self.device, self.dtype, self.budget_s = device, dtype, budget_s
-        self.models = {str(profile_path(name)): model for name, model in (models or {}).items()}
+    def __init__(self, models: Mapping[str, Transformer], budget_s: float = 1.0) -> None:
+        self.models = {profile_path(name): model for name, model in models.items()}
+        self.budget_s = budget_s
         self.counts: dict[str, int] = {}
         self.downtimes: list[tuple[int, float]] = []
         self._fleet: tuple[ClusterSpec, int, list[InstanceSettings], list[Instance]] | None = None
@@ -105,34 +96,25 @@ class EnginePlayer:
             InstanceSettings.of(spec, prefix_caching=cluster.prefix_caching, migrates=migrates)
             for spec in cluster.instances
         ]
-        if len({s.setting.block_tokens for s in settings}) > 1 and migrates:
-            raise InputError(
-                cluster.name, "block_tokens", "mixed", "KV moves between blocks of one size only"
-            )
-        instances = [
-            Instance(self._model(spec), s.setting, number, unit, lock)
-            for number, (spec, s) in enumerate(zip(cluster.instances, settings, strict=True))
-        ]
-        kinds = [(instance.model.config, instance.model.dtype) for instance in instances]
+        models = [self._model(spec) for spec in cluster.instances]
+        kinds = [(m.config, m.dtype, s.setting.block_tokens) for m, s in zip(models, settings, strict=True)]
         if migrates and any(kind != kinds[0] for kind in kinds):
-            hint = "KV moves between replicas of one model only"
-            raise InputError(cluster.name, "migration", "mixed models", hint)
+            hint = "KV moves between replicas of one model with blocks of one size only"
+            raise InputError(cluster.name, "migration", "mixed replicas", hint)
+        instances = [
+            Instance(model, s.setting, number, unit, lock)
+            for number, (model, s) in enumerate(zip(models, settings, strict=True))
+        ]
         for instance in instances:
             instance.warm_up()
         self._fleet = cluster, unit, settings, instances
         return settings, instances
 
     def _model(self, spec: InstanceSpec) -> Transformer:
-        path = str(profile_path(spec.profile))
-        if path not in self.models:
-            where = Path(path).with_name("config.json")
-            if not where.is_file():
-                hint = "no config.json beside it; servegym calibrate writes both"
-                raise InputError(path, "profile", spec.profile, hint)
-            config = load_config(where)
-            same = [m for m in self.models.values() if m.config == config]
-            self.models[path] = same[0] if same else Transformer(config, self.device, self.dtype)
-        return self.models[path]
+        model = self.models.get(profile_path(spec.profile))
+        if model is None:
+            raise InputError("engine", "profile", spec.profile, "the player has no model for it")
+        return model
 
 
 class _Play:
@@ -191,16 +173,10 @@ class _Play:
     def _request(self, row: int, vocabulary: int) -> Request:
         w = self.episode.workload
         tokens = token_ids(w, row, vocabulary)
-        prompt, output = int(w.prompt_tokens[row]), int(w.output_tokens[row])
+        prompt = int(w.prompt_tokens[row])
         ids = w.prefix_ids[w.prefix_offsets[row] : w.prefix_offsets[row + 1]].tolist()
-        return make_request(
-            row,
-            tokens[:prompt],
-            output,
-            priority=int(w.priority[row]),
-            prefix_ids=ids,
-            forced=tokens[prompt:],
-        )
+        priority = int(w.priority[row])
+        return make_request(row, tokens[:prompt], tokens[prompt:], priority=priority, prefix_ids=ids)
 
     # --- the router's thread ----------------------------------------------------------------------------
 
@@ -254,6 +230,8 @@ class _Play:
     def _serve(self, instance: Instance) -> None:
         torch.set_num_threads(1)
         try:
+            if not instance.stream:
+                take_core(instance.number, len(self.instances))
             instance.warm_thread()
             instance.on_done = self._done
             instance.scheduler.choose_victim = partial(self._victim, instance.number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Lock, RLock, Thread
@@ -73,7 +74,7 @@ class BlockCopier:
             if migration.phase is not Phase.ABORTED:
                 migration.end_copy()
             if migration.phase is Phase.COMMITTED:
-                down = self.instances[0].clock() - migration.stopped_s
+                down = time.perf_counter() - migration.stopped_s
                 self.downtimes.append((migration.copied, down))
 
 

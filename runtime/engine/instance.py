@@ -5,14 +5,10 @@ Instances of one process share weights and a lock, which guards all schedulers; 
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from threading import Condition, RLock
-from typing import Any
 
 import torch
 
@@ -25,9 +21,7 @@ from servegym.runtime.engine.model import Transformer
 from servegym.runtime.engine.request import Request, make_request
 from servegym.runtime.engine.scheduler import Plan, Scheduler
 from servegym.runtime.engine.swap import SwapSpace
-
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
-SWITCH_S = 0.0005
+from servegym.runtime.steady import keep_freed_memory
 
 
 class Instance:
@@ -38,7 +32,6 @@ class Instance:
         setting: as the cluster model has it (`setting_of_spec`); synchronous scheduling only.
         unit_tokens: tokens of a prefix unit; 0 for no prefix cache.
         lock: the lock of the cluster that it belongs to.
-        options: `choose_victim` of the scheduler.
 
     Raises:
         InputError: settings that this runtime or this device cannot have.
@@ -51,11 +44,9 @@ class Instance:
         number: int = 0,
         unit_tokens: int = 0,
         lock: RLock | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-        **options: Any,
     ) -> None:
         keep_freed_memory()
-        self.model, self.setting, self.number, self.clock = model, setting, number, clock
+        self.model, self.setting, self.number = model, setting, number
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         try:
             self.cache = allocate_cache(
@@ -68,7 +59,7 @@ class Instance:
         self.swap = SwapSpace(self.cache, setting.host_blocks, setting.swap_group)
         self.lock = lock or RLock()
         self.changed = Condition(self.lock)
-        self.scheduler = Scheduler(setting, self.swap, number, unit_tokens, kick=self._kick, **options)
+        self.scheduler = Scheduler(setting, self.swap, number, unit_tokens, kick=self._kick)
         self.graphs: DecodeGraphs | None = None
         self.on_done: Callable[[list[Request]], None] = lambda _: None
         self._kicked = self._stopped = False
@@ -92,19 +83,6 @@ class Instance:
             raise InputError(f"request {r.number}", "prompt + output tokens", len(r.ids), hint)
         with self.changed:
             self.scheduler.enqueue(r)
-
-    def place(self, r: Request, computed: int) -> None:
-        """Let a request run as if `computed` tokens of its prompt had KV, whose contents are what they are.
-
-        With a whole prompt it has streamed a token and decodes; with less it computes the rest in chunks. For
-        measurements.
-        """
-        with self.changed:
-            self.scheduler.memory.grow(r, max(computed, 1))
-            r.computed, r.instance = computed, self.number
-            if computed == r.prompt:
-                r.stream(0, self.clock())
-            self.scheduler.running.append(r)
 
     def clear(self) -> None:
         """Forget all requests, who waits for them, and everything that is cached."""
@@ -140,8 +118,9 @@ class Instance:
                 self._kicked = False
             if not plan:
                 return False
-            tokens = self._compute(plan)
-        now = self.clock()
+            with torch.inference_mode():
+                tokens = self.forward(plan)().argmax(-1).tolist()  # the likeliest, without sampling
+        now = time.perf_counter()
         with self.changed:
             done = self.scheduler.complete(tokens, now)
             if done:
@@ -161,47 +140,15 @@ class Instance:
             self._stopped = True
             self.changed.notify()
 
-    @torch.inference_mode()
-    def _compute(self, plan: Plan) -> list[int]:
-        """The next token of each request of the plan: the likeliest, without sampling."""
+    def forward(self, plan: Plan) -> Callable[[], torch.Tensor]:
+        """The forward pass of an iteration, ready to run: logits after each request's last token."""
         decodes = [r for r, _ in plan if r.decoding]
         chunks = plan[len(decodes) :]
         batch = build_batch(decodes, chunks, self.setting.block_tokens, self.model.device)
         if self.graphs and not chunks:
-            logits = self.graphs.run(batch)
-        else:
-            logits = self.model.forward(batch, self.cache)
-        return logits.argmax(-1).tolist()
+            return partial(self.graphs.run, batch)
+        return partial(self.model.forward, batch, self.cache)
 
     def _kick(self) -> None:
         self._kicked = True
         self.changed.notify()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what torch frees: fresh pages would cost more time than what is computed in them."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
-            libc.mallopt(_TRIM_THRESHOLD, 1 << 30)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """No collection of garbage meanwhile: a pause of tens of milliseconds would be measured.
-
-    And threads that want the interpreter get it soon: the default lets the router wait for 5 ms.
-    """
-    was_enabled, interval = gc.isenabled(), sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()

@@ -9,6 +9,8 @@ import numpy as np
 
 from servegym.errors import InputError
 
+Tokens = Sequence[int] | np.ndarray
+
 
 @dataclass(eq=False)
 class Request:
@@ -75,27 +77,24 @@ class Request:
 
 def make_request(
     number: int,
-    prompt: Sequence[int] | np.ndarray,
-    output: int,
+    prompt: Tokens,
+    output: int | Tokens,
     *,
     priority: int = 0,
     prefix_ids: Sequence[int] = (),
-    forced: Sequence[int] | np.ndarray | None = None,
     arrived_s: float = np.nan,
 ) -> Request:
-    """A request for `output` tokens after `prompt`; with `forced`, for exactly these tokens.
+    """A request for so many tokens after `prompt`, or for exactly these tokens.
 
     Raises:
-        InputError: an empty prompt, no output, or forced tokens of another number.
+        InputError: an empty prompt, or no output.
     """
-    if len(prompt) < 1 or output < 1:
-        raise InputError(f"request {number}", "tokens", (len(prompt), output), "needs a prompt and an output")
-    ids = np.zeros(len(prompt) + output, np.int64)
-    ids[: len(prompt)] = prompt
-    if forced is not None:
-        if len(forced) != output:
-            raise InputError(f"request {number}", "forced", len(forced), f"must be {output} tokens")
-        ids[len(prompt) :] = forced
+    forced = np.ndim(output) > 0
+    tokens = np.asarray(output if forced else np.zeros(output), np.int64)
+    if len(prompt) < 1 or len(tokens) < 1:
+        hint = "needs a prompt and an output"
+        raise InputError(f"request {number}", "tokens", (len(prompt), len(tokens)), hint)
+    ids = np.concatenate([np.asarray(prompt, np.int64), tokens])
     return Request(
-        number, ids, len(prompt), output, priority, tuple(prefix_ids), forced is not None, arrived_s=arrived_s
+        number, ids, len(prompt), len(tokens), priority, tuple(prefix_ids), forced, arrived_s=arrived_s
     )

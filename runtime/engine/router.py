@@ -5,6 +5,7 @@ Whoever calls holds the lock of the cluster, so that what a question shows is wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,24 +18,11 @@ from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.state import PS
 from servegym.envs.metrics import class_slos
 from servegym.envs.scenario import Scenario
+from servegym.runtime import questions
 from servegym.runtime.decider import Decider
-from servegym.runtime.engine.prompts import previous_turns
 from servegym.runtime.engine.request import Request
 from servegym.runtime.engine.scheduler import Scheduler
-from servegym.runtime.questions import (
-    Action,
-    Cap,
-    Dispatch,
-    Move,
-    Pair,
-    Preempt,
-    Question,
-    ask_budget,
-    ask_dispatch,
-    ask_migrate,
-    ask_move,
-    ask_preempt,
-)
+from servegym.runtime.prompts import previous_turns
 from servegym.runtime.view import ClusterView, InstanceSettings, InstanceView, RequestView
 
 _UNASKED = ("engine", "stay", "default", "keep")  # rules of the model that are what happens without an answer
@@ -97,7 +85,7 @@ class Router:
         }
         for decider in (mine, *beside.values()):  # a first answer may take seconds of imports and compilation
             request = RequestView("warm-up", 0.0, prompt_tokens=1, predicted_tokens=1)
-            decider.policy.act(ask_dispatch(self.view, request, decider.rows).obs)
+            decider.policy.act(questions.ask_dispatch(self.view, request, decider.rows).obs)
             decider.policy.reset(1, seed)
         return {**beside, **dict.fromkeys(set(kinds_of(decisions)) & set(policy.kinds), mine)}
 
@@ -108,10 +96,9 @@ class Router:
 
     def counts(self) -> dict[str, int]:
         """Decisions by `answered` and the reasons for a fallback."""
-        total: dict[str, int] = {}
+        total: Counter[str] = Counter()
         for decider in set(self.deciders.values()):
-            for reason, count in decider.counts.items():
-                total[reason] = total.get(reason, 0) + count
+            total.update(decider.counts)
         return total
 
     # --- questions --------------------------------------------------------------------------------------
@@ -128,8 +115,8 @@ class Router:
             last_instance=int(self.placed[previous]) if previous >= 0 else -1, prefix=r.prefix_ids,
         )  # fmt: skip
         self.view.arrived(request)
-        action = self._answer(ask_dispatch(self.view, request, self._rows("dispatch")))
-        assert isinstance(action, Dispatch)  # every request fits an instance that never drains
+        action = self._answer(questions.ask_dispatch(self.view, request, self._rows("dispatch")))
+        assert isinstance(action, questions.Dispatch)  # every request fits an instance that never drains
         self.view.dispatched(request, action.instance)
         self.live[row], self.placed[row] = (r, request), action.instance
         return action.instance
@@ -139,20 +126,20 @@ class Router:
         if "preempt" not in self.deciders:
             return None
         self._look(now_s, inside=True)
-        action = self._answer(ask_preempt(self.view, i))
-        return (self.live[action.key][0], action.swap) if isinstance(action, Preempt) else None  # type: ignore
+        action = self._answer(questions.ask_preempt(self.view, i))
+        return (self.live[action.key][0], action.swap) if isinstance(action, questions.Preempt) else None  # type: ignore
 
     def moves(self, now_s: float) -> Iterator[tuple[Request, int, int]]:
         """Request, source and target of the moves of this occasion; each is made before the next is asked."""
         paired: set[int] = set()
         while "migrate" in self.deciders:
             self._look(now_s, inside=True)
-            pair = self._answer(ask_migrate(self.view, paired))
-            if not isinstance(pair, Pair):
+            pair = self._answer(questions.ask_migrate(self.view, paired))
+            if not isinstance(pair, questions.Pair):
                 return
             paired |= {pair.source, pair.target}
-            move = self._answer(ask_move(self.view, pair.source, pair.target))
-            if isinstance(move, Move):
+            move = self._answer(questions.ask_move(self.view, pair.source, pair.target))
+            if isinstance(move, questions.Move):
                 yield self.live[move.key][0], pair.source, pair.target  # type: ignore[index]
 
     def cap(self, i: int, now_s: float) -> int | None:
@@ -160,13 +147,13 @@ class Router:
         if "budget" not in self.deciders:
             return None
         self._look(now_s, inside=True)
-        action = self._answer(ask_budget(self.view, i))
-        return action.tokens if isinstance(action, Cap) else None
+        action = self._answer(questions.ask_budget(self.view, i))
+        return action.tokens if isinstance(action, questions.Cap) else None
 
     def _rows(self, kind: str) -> int:
         return self.deciders[kind].rows if kind in self.deciders else 1
 
-    def _answer(self, question: Question) -> Action:
+    def _answer(self, question: questions.Question) -> questions.Action:
         decider = self.deciders.get(question.kind)
         if decider is None or not question.is_open:
             return question.actions[0]

@@ -69,11 +69,6 @@ class SwapSpace:
             self._wait(staged)
             self.by_block[self._ids(blocks[at])] = staged
 
-    def finish(self) -> None:
-        """Wait for all copies; for those who time them."""
-        if self.side:
-            torch.cuda.synchronize(self.cache.device)
-
     def _fragments(self, blocks: Blocks, host: Blocks, *, outward: bool) -> None:
         with self._beside(self.cache):
             for block, place in zip(blocks, host, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from servegym.runtime.engine.attention import gathered_decode, plain_decode
+from servegym.runtime.engine.attention import gathered_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [  # heads, kv_heads, head_dim, block_tokens, table width
@@ -12,6 +12,22 @@ SHAPES = [  # heads, kv_heads, head_dim, block_tokens, table width
     (6, 2, 32, 4, 60),
     (8, 2, 128, 16, 9),
 ]
+
+
+def plain_decode(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Decode attention a request at a time, in float64."""
+    group = q.shape[1] // keys.shape[2]
+    rows = []
+    for query, table, length in zip(q.double(), tables, lengths.tolist(), strict=True):
+        k, v = (
+            cache[table].flatten(0, 1)[:length].double().repeat_interleave(group, 1)
+            for cache in (keys, values)
+        )
+        weights = (torch.einsum("hd,thd->ht", query, k) / query.shape[-1] ** 0.5).softmax(-1)
+        rows.append(torch.einsum("ht,thd->hd", weights, v))
+    return torch.stack(rows).to(q.dtype)
 
 
 def case(heads, kv_heads, dim, block_tokens, width, dtype, device="cpu"):

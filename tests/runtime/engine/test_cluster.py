@@ -22,8 +22,8 @@ SYSTEM = "least_tokens+llumnix+victim_cost_aware+budget_tpot"
 
 
 @pytest.fixture(scope="module")
-def player():
-    player = EnginePlayer()
+def player(tiny_profile):
+    player = EnginePlayer({tiny_profile: Transformer(load_config(Path(tiny_profile).parent))})
     yield player
     player.close()
 
@@ -102,18 +102,19 @@ def test_kv_moves_between_equals_only(tiny_profile, write_config, field):
     here, there = case.cluster.instances
     other = Path(tiny_profile).with_name("other.json")
     other.write_text(Path(tiny_profile).read_text())
-    models = {str(other): Transformer(load_config(write_config(num_hidden_layers=3)))}
+    models = {
+        tiny_profile: Transformer(load_config(write_config())),
+        str(other): Transformer(load_config(write_config(num_hidden_layers=3))),
+    }
     changed = {"block_tokens": 8} if field == "block_tokens" else {"profile": str(other)}
     mixed = replace(case.cluster, instances=(here, replace(there, **changed)))
     with pytest.raises(InputError) as caught:
-        EnginePlayer(models=models).play(
-            make_heuristic("round_robin"), Scenario(), replace(case, cluster=mixed)
-        )
-    assert caught.value.field == field
+        EnginePlayer(models).play(make_heuristic("round_robin"), Scenario(), replace(case, cluster=mixed))
+    assert caught.value.field == "migration"
 
 
 def test_a_profile_without_its_model_is_refused(player):
     load = make_workload("test", [0.0], [10], [4])
     cluster = ClusterSpec("test", (InstanceSpec("a100-llama-3.1-8b", kv_blocks=10),))
-    with pytest.raises(InputError, match=r"config\.json"):
+    with pytest.raises(InputError, match="no model"):
         player.play(make_heuristic("round_robin"), Scenario(), Episode(load, cluster, load.output_tokens))

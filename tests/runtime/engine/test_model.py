@@ -135,7 +135,9 @@ def checkpoint(model):
         index, _, field = p.name.rpartition(".")
         whole = model.layers[int(index)][field] if index else getattr(model, p.name)
         rows = [n for _, n in p.parts]
-        tensors |= {name: part.contiguous() for (name, _), part in zip(p.parts, whole.split(rows), strict=True)}
+        tensors |= {
+            name: part.contiguous() for (name, _), part in zip(p.parts, whole.split(rows), strict=True)
+        }
     return tensors
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from servegym.errors import InputError
+from servegym.runtime.calibrate.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
 from servegym.runtime.engine.instance import Instance
-from servegym.runtime.engine.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
 
 
 @pytest.mark.parametrize("group", [1, 7])

@@ -1,6 +1,6 @@
 """What only hardware can say: copies, decode attention and the pause of a migration, timed on real instances.
 
-Single iterations need nothing from here: `Instance.place` and `Instance.step` run any shape.
+Single iterations are those of `bench`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from servegym.envs.cluster.settings import Setting
 from servegym.errors import InputError
+from servegym.runtime.calibrate.machine import wait_for
 from servegym.runtime.engine.attention import attend
 from servegym.runtime.engine.batch import Batch
 from servegym.runtime.engine.copier import BlockCopier, copy_blocks
@@ -35,8 +36,8 @@ def time_swap(instance: Instance, blocks: int, group: int) -> tuple[float, float
     host, swap = list(range(blocks)), instance.swap
     before, swap.group = swap.group, group
     with torch.cuda.stream(instance.stream), torch.inference_mode():
-        out = _seconds(swap.finish, lambda: swap.out(device, host))
-        back = _seconds(swap.finish, lambda: swap.back(host, device))
+        out = _seconds(instance.model, lambda: swap.out(device, host))
+        back = _seconds(instance.model, lambda: swap.back(host, device))
     swap.group = before
     return out, back
 
@@ -44,7 +45,7 @@ def time_swap(instance: Instance, blocks: int, group: int) -> tuple[float, float
 def time_transfer(source: Instance, target: Instance, blocks: int) -> float:
     """Seconds to copy so many scattered blocks from one instance to another."""
     ids = (torch.randperm(side.setting.blocks)[:blocks] for side in (source, target))
-    return _seconds(source.swap.finish, lambda: copy_blocks(source, target, *ids))
+    return _seconds(source.model, lambda: copy_blocks(source, target, *ids))
 
 
 class Bandwidth(NamedTuple):
@@ -81,7 +82,7 @@ def decode_bandwidth(instance: Instance, batch: int, context: int, repeats: int 
 
     with torch.inference_mode():
         layers()
-        times = sorted(_seconds(instance.swap.finish, layers) for _ in range(repeats))
+        times = sorted(_seconds(instance.model, layers) for _ in range(repeats))
     seconds = times[repeats // 2] / c.layers
     read = 2 * batch * context * c.kv_heads * c.head_dim * q.element_size()
     return Bandwidth(seconds, read / seconds)
@@ -155,10 +156,10 @@ def _until(true: Callable[[], bool], failures: list[BaseException]) -> None:
         time.sleep(0.001)
 
 
-def _seconds(finish: Callable[[], None], run: Callable[[], object]) -> float:
+def _seconds(model: Transformer, run: Callable[[], object]) -> float:
     """Seconds of `run`, with what it leaves to the device."""
-    finish()
+    wait_for(model.device)
     start = time.perf_counter()
     run()
-    finish()
+    wait_for(model.device)
     return time.perf_counter() - start
