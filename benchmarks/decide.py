@@ -3,11 +3,11 @@
     python benchmarks/decide.py
 
 The network is the default one with fresh weights, which decides as fast as a trained one, exported as
-`servegym export` does. The questions are those of a router about one request, as many candidates as engines and
-the default one, which differs from question to question. The detail has other fleets; a question whose default
-and legal candidates are new; the same decision in a lane of the model (goal 10 us) and in numpy; a router's
-whole decision: the question built from its view, and the answer by way of the thread
-that keeps the time budget; and the question of a policy that also migrates.
+`servegym export` does. The questions are those of a router about one request, as many candidates as engines
+and the default one, which differs from question to question. The detail has other fleets; a question whose
+default and legal candidates are new; the same decision in a lane of the model (goal 10 us) and in numpy; a
+router's whole decision: the question built from its view, and the answer by way of the thread that keeps the
+time budget; and the question of a policy that also migrates.
 """
 
 from __future__ import annotations

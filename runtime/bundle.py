@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from servegym.agents.policy import Observation
 from servegym.agents.task import Task, read_task
 from servegym.envs.cluster.decisions import kinds_of
-from servegym.envs.cluster.schema import OFFERS, schema_hash
+from servegym.envs.cluster.schema import schema_hash
 from servegym.errors import InputError
 from servegym.models.features import ARRAYS, ILLEGAL
 from servegym.runtime.feed import Scorer
@@ -68,8 +68,8 @@ class BundlePolicy:
         options.enable_mem_reuse = False  # 10% faster; what is in between takes some 100 kB
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        self.rows = OFFERS if "asks" in {node.name for node in session.get_inputs()} else 1
         self._lock, self._scorer = threading.Lock(), Scorer(session)
+        self.rows = self._scorer.rows
 
     def reset(self, lanes: int, seed: int) -> None:
         """Nothing to forget: the policy has no memory."""
@@ -83,7 +83,7 @@ class BundlePolicy:
         out = np.full(obs["mask"].shape, ILLEGAL, np.float32)
         for lane in range(len(out)):
             with self._lock:
-                legal, scores = self._score({name: obs[name][lane : lane + 1] for name in ARRAYS})
+                legal, scores = self._scorer.score({name: obs[name][lane : lane + 1] for name in ARRAYS})
                 out[lane, legal] = scores
         return out
 
@@ -92,14 +92,9 @@ class BundlePolicy:
         if len(obs["kind"]) > 1:
             return self.logits(obs).argmax(axis=1)
         with self._lock:
-            legal, scores = self._score(obs)
+            legal, scores = self._scorer.score(obs)
             best = scores.argmax()
         return legal[best : best + 1]
-
-    def _score(self, obs: Observation) -> tuple[np.ndarray, np.ndarray]:
-        if obs["requests"].shape[1] > self.rows:
-            raise InputError(self.name, "request rows", obs["requests"].shape[1], f"it reads {self.rows}")
-        return self._scorer.score(obs)
 
 
 def load_bundle(folder: str | Path) -> BundlePolicy:

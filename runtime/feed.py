@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime
 
 from servegym.agents.policy import Observation
-from servegym.envs.cluster.schema import KINDS
+from servegym.envs.cluster.schema import KINDS, OFFERS
+from servegym.errors import InputError
 from servegym.models.features import COUNT, IS_LOG, IS_TOTAL, SCALE, TABLES, WIDTH
 
 Key, Value = TypeVar("Key"), TypeVar("Value")
@@ -32,15 +33,23 @@ class Scorer:
 
     Args:
         session: of a graph by `servegym.runtime.graph`.
+
+    Attributes:
+        rows: most request rows R of an observation.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
+        self.rows = OFFERS if "asks" in {node.name for node in session.get_inputs()} else 1
         self._joins: dict[tuple[bytes | int, ...], _Joins] = {}
         self._feeds: dict[tuple[int, ...], _Feed] = {}
 
     def score(self, obs: Observation) -> tuple[np.ndarray, np.ndarray]:
-        """The legal candidates in order, and their scores, overwritten by the next call."""
+        """The legal candidates in order, and their scores, overwritten by the next call.
+
+        Raises:
+            InputError: for an observation of more request rows.
+        """
         key = (
             obs["candidates"].tobytes(), obs["mask"].tobytes(), obs["instance_mask"].tobytes(),
             obs["kind"].tobytes(), obs["requests"].shape[1],
@@ -48,10 +57,13 @@ class Scorer:
         joins = self._joins.get(key)
         if joins is None:
             joins = _remember(self._joins, key, self._join(obs))
-        return joins.legal, joins.feed.run(obs, joins)
+        joins.feed.run(obs, joins)
+        return joins.legal, joins.scores
 
     def _join(self, obs: Observation) -> _Joins:
         """Find out who joins whom."""
+        if obs["requests"].shape[1] > self.rows:
+            raise InputError("policy", "request rows", obs["requests"].shape[1], f"it reads {self.rows}")
         legal, real = (np.flatnonzero(obs[name]) for name in ("mask", "instance_mask"))
         request, instance, _ = obs["candidates"][0][legal].T
         joined = np.bincount(instance, minlength=obs["instances"].shape[1])
@@ -73,7 +85,7 @@ class Scorer:
         row, own = np.searchsorted(requests, request), np.arange(len(legal))
         mine[row, own], asks[own, row] = 1.0 / asked[request], 1.0
         asks[len(legal) :, 0] = 1.0  # it does not matter what requests send where no candidate is, but g does
-        return _Joins(feed, legal, index, shares)
+        return _Joins(feed, legal, index, shares, feed.logits[: len(legal), 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +96,7 @@ class _Joins:
     legal: np.ndarray
     index: np.ndarray
     shares: np.ndarray
+    scores: np.ndarray  # of the feed's latest run
 
 
 class _Feed:
@@ -117,7 +130,7 @@ class _Feed:
             self._places[name] = (np.arange(size)[part].reshape(shape) + size * IS_LOG[name])[0]
         self._taken = np.empty(rows * _ROW + requests * _ASKED, np.float32)
         self.shares = np.zeros((rows + 3 * requests) * rows, np.float32)
-        self._logits = np.zeros((rows, 1), np.float32)
+        self.logits = np.zeros((rows, 1), np.float32)
         self._joins: _Joins | None = None
         self._session, self._binding = session, session.io_binding()
         self._bind()
@@ -130,7 +143,7 @@ class _Feed:
         }
         for node in self._session.get_inputs():
             self._binding.bind_ortvalue_input(node.name, self._values[node.name])
-        self._values["logits"] = onnxruntime.OrtValue.ortvalue_from_numpy(self._logits)
+        self._values["logits"] = onnxruntime.OrtValue.ortvalue_from_numpy(self.logits)
         self._binding.bind_ortvalue_output("logits", self._values["logits"])
 
     def _inputs(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,8 +175,8 @@ class _Feed:
         return index
 
     @np.errstate(invalid="ignore", divide="ignore")  # logarithms of numbers that are not seen by theirs
-    def run(self, obs: Observation, joins: _Joins) -> np.ndarray:
-        """Scores of the legal candidates, overwritten by the next run."""
+    def run(self, obs: Observation, joins: _Joins) -> None:
+        """Score the candidates of a question."""
         if joins is not self._joins:
             self.shares[:], self._joins = joins.shares, joins
         for name, table in self._tables:
@@ -172,7 +185,6 @@ class _Feed:
         np.log1p(self._raw, self._logs)
         self._numbers.take(joins.index, out=self._taken, mode="clip")  # "raise", the default, is slower
         self._session.run_with_iobinding(self._binding)
-        return self._logits[: len(joins.legal), 0]
 
 
 def _factor(name: str, instances: int) -> np.ndarray:

@@ -10,6 +10,7 @@ A view is read, never changed: ask as often as you like.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 
 import numpy as np
 
@@ -83,11 +84,15 @@ def ask_dispatch(view: ClusterView, request: RequestView, rows: int = 1) -> Ques
     if len(legal):
         default = 1 + legal[books.inflight[legal].argmin()]
         candidates[0], edges[0] = candidates[default], edges[default]
-        actions = {0: Dispatch(int(default) - 1), **{1 + i: Dispatch(i) for i in legal.tolist()}}
+        actions = {1 + i: _dispatch(i) for i in legal.tolist()}
+        actions[0] = actions[int(default)]
     edges[0, EDGE["is_default"]] = 1.0
     requests = [request_row(view, request), *[NOTHING] * (rows - 1)]
     gap_s = view.arrivals.gap_s
     return make_question(view, "dispatch", nodes, requests, candidates, edges, actions, gap_s)
+
+
+_dispatch = cache(Dispatch)  # frozen, and the same for every question
 
 
 def _prefills(view: ClusterView, request: RequestView, hits: list[int]) -> list[float]:

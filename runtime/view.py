@@ -158,7 +158,7 @@ class InstanceView:
         blocks = request.prefix[: most // self.prefix_tokens]
         if not blocks or not self.settings.setting.caching:
             return 0
-        return sum(1 for _ in takewhile(self.cached.__contains__, blocks)) * self.prefix_tokens
+        return len(list(takewhile(self.cached.__contains__, blocks))) * self.prefix_tokens
 
     def enter(self, request: RequestView, is_urgent: bool) -> None:
         """Write a request into the book."""
