@@ -15,21 +15,26 @@ from servegym.models.features import COUNT, ILLEGAL, IS_TOTAL, SCALE, WIDTH
 from servegym.models.simd import WIDTH as COLUMNS
 from servegym.models.simd import (
     add,
-    add_product,
+    choose,
+    divide,
     load,
     maximum,
     multiply,
     multiply_add,
+    multiply_row,
+    multiply_rows,
     relu,
+    split,
     spread,
     store,
+    subtract,
     total,
     zeros,
 )
 
 _, inlined = decorators(simd.__file__)
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
-_INSTANCE, _REQUEST, _EDGE = WIDTH["instances"], WIDTH["requests"], WIDTH["edges"]
+INSTANCE, REQUEST, EDGE = WIDTH["instances"], WIDTH["requests"], WIDTH["edges"]
 _GLOBALS, _CONTEXT = WIDTH["globals"], WIDTH["globals"] + WIDTH["history"]
 _COUNT_SCALE = np.float32(SCALE["globals"][COUNT] ** 2)
 _NONE = np.float32(ILLEGAL)
@@ -43,35 +48,43 @@ _LOG = tuple(
     )
 )  # fmt: skip
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_SQRT_HALF_BITS, _MANTISSA = np.int32(0x3F3504F3), np.int32(23)
 
 
 @inlined
 def log1p(x):
-    """log(1 + x) of a float32 x >= 0 without a branch, so that loops over it vectorise.
+    """log(1 + x) of a vector of float32 x >= 0.
 
     Within 2e-7 of the value, relatively, as tested. What rounding loses of u = 1 + x comes back to first
     order: log(1 + x) = log(u) + (x - (u - 1)) / u. Not finite where x is not.
     """
-    u = x + _ONE
-    lost = (x - (u - _ONE)) / u
-    bits = np.float32(u).view(np.int32)
-    exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> _MANTISSA)
-    f = np.int32(bits - np.int32(exponent << _MANTISSA)).view(np.float32) - _ONE
-    k = np.float32(exponent)
-    tail = _LOG[0]
+    one = spread(_ONE)
+    u = add(x, one)
+    lost = divide(subtract(x, subtract(u, one)), u)
+    k, f = split(u)
+    tail = spread(_LOG[0])
     for a in _LOG[1:]:
-        tail = tail * f + a
-    square = f * f
-    return k * _LN2_HIGH + (f + (square * (f * tail - _HALF) + (k * _LN2_LOW + lost)))
+        tail = multiply_add(tail, f, spread(a))
+    square = multiply(f, f)
+    low = multiply_add(k, spread(_LN2_LOW), lost)
+    curved = multiply_add(square, multiply_add(f, tail, spread(-_HALF)), low)
+    return multiply_add(k, spread(_LN2_HIGH), add(f, curved))
 
 
 @inlined
-def _scale(raw, factor, is_log, out):
-    """Scale all of `raw`: raw * factor, or log1p of it."""
-    for k in range(len(raw)):
-        scaled = raw[k] * factor[k]
-        out[k] = log1p(scaled) if is_log[k] else scaled
+def _scale(n, factor, is_log, values):
+    """Scale the first n of `values` in place: value * factor, or log1p of it. Up to a vector more change."""
+    for k in range(0, n, COLUMNS):
+        scaled = multiply(load(values, k), load(factor, k))
+        store(values, k, choose(load(is_log, k), log1p(scaled), scaled))
+
+
+@inlined
+def _scale_rows(raw, n, factor, is_log, scaled):
+    """Scale the first n rows of `raw` into `scaled`."""
+    for row in range(n):
+        for k in range(raw.shape[1]):
+            scaled[row, k] = raw[row, k]
+    _scale(n * raw.shape[1], factor, is_log, scaled)
 
 
 @inlined
@@ -84,53 +97,33 @@ def _scale_context(s, totals, history):
     out[COUNT] = _COUNT_SCALE / count
     for k in range(len(history)):
         out[_GLOBALS + k] = history[k] / count
-    _scale(out[:_CONTEXT], s.context_factor, s.context_log, out)
+    _scale(_CONTEXT, s.context_factor, s.context_log, s.context)
 
 
 @inlined
-def _fill(rows, n, start):
-    """Let each of the first n rows be `start`."""
-    for row in range(n):
-        for j in range(0, len(start), COLUMNS):
-            store(rows[row], j, load(start, j))
-
-
-@inlined
-def _clear(rows, n):
+def clear(rows, n):
     """Let the first n rows be 0."""
-    for row in range(n):
-        for j in range(0, rows.shape[1], COLUMNS):
-            store(rows[row], j, zeros())
+    for k in range(0, n * rows.shape[1], COLUMNS):
+        store(rows, k, zeros())
 
 
 @inlined
-def _cut(rows, n, more):
-    """rows[:n] = relu(rows[:n] + more)."""
+def cut(rows, n, more):
+    """Let rows[:n] be relu(rows[:n] + more)."""
     for row in range(n):
         for j in range(0, len(more), COLUMNS):
             store(rows[row], j, relu(add(load(rows[row], j), load(more, j))))
 
 
 @inlined
-def _multiply(rows, n, shares):
-    """Multiply each of the first n rows by its share."""
-    for row in range(n):
-        for j in range(0, rows.shape[1], COLUMNS):
-            store(rows[row], j, multiply(spread(shares[row]), load(rows[row], j)))
-
-
-@inlined
 def _extent(s, candidates, mask, instance_mask):
-    """Find the real instances and legal candidates, and the share of each row's candidates in its mean.
-
-    Returns:
-        rows of instances and of requests in use, and the number of legal candidates.
-    """
+    """Find the real instances and legal candidates, and the share of each row in its mean."""
     s.instance_share[:] = _ZERO
     s.request_share[:] = _ZERO
-    instances, requests, legal = 0, 1, 0
+    instances, real, requests, legal = 0, _ZERO, 1, 0
     for i in range(len(instance_mask)):
         s.real[i] = instance_mask[i]
+        real += s.real[i]
         if instance_mask[i]:
             instances = i + 1
     for c in range(len(mask)):
@@ -143,7 +136,8 @@ def _extent(s, candidates, mask, instance_mask):
             s.instance_share[candidates[c, 1]] += _ONE
     _invert(s.instance_share)
     _invert(s.request_share)
-    return instances, requests, legal
+    s.real_share[0] = _ONE / max(real, _ONE)
+    s.extent[0], s.extent[1], s.extent[2] = instances, requests, legal
 
 
 @inlined
@@ -154,115 +148,108 @@ def _invert(shares):
 
 
 @inlined
-def _pool(s, n, more):
-    """Let x be relu(x + more) in rows of real instances, 0 in others; pool it into s.pooled behind g."""
-    p, count = s.x.shape[1], _ZERO
-    for i in range(n):
-        count += s.real[i]
-    share = spread(_ONE / max(count, _ONE))
+def _pool(s, layer, n, more):
+    """Let x be relu(x + more) in rows of real instances, 0 in others, and pool it."""
+    x, pooled = s.x[layer], s.pooled[layer]
+    p, share = x.shape[1], spread(s.real_share[0])
     for j in range(0, p, COLUMNS):
         mean, most = zeros(), zeros()
         for i in range(n):
-            row = multiply(spread(s.real[i]), relu(add(load(s.x[i], j), load(more, j))))
-            store(s.x[i], j, row)
+            row = multiply(spread(s.real[i]), relu(add(load(x[i], j), load(more, j))))
+            store(x[i], j, row)
             mean, most = add(mean, row), maximum(row, most)
-        store(s.pooled[0], p + j, multiply(share, mean))
-        store(s.pooled[0], 2 * p + j, most)
+        store(pooled, j, multiply(share, mean))
+        store(pooled, p + j, most)
 
 
 @inlined
 def _embed(net, s, frame, l, instances, requests, candidates):
     """Scale the observation and embed it: x, q, g, and the edges' part of every block."""
-    _scale(frame.instances[l].reshape(-1), s.instance_factor, s.instance_log, s.instances.reshape(-1))
-    _scale(frame.requests[l].reshape(-1), s.request_factor, s.request_log, s.requests.reshape(-1))
-    _scale(frame.edges[l].reshape(-1), s.edge_factor, s.edge_log, s.edges.reshape(-1))
+    _scale_rows(frame.instances[l], instances, s.instances_factor, s.instances_log, s.instances)
+    _scale_rows(frame.requests[l], requests, s.requests_factor, s.requests_log, s.requests)
+    _scale_rows(frame.edges[l], candidates, s.edges_factor, s.edges_log, s.edges)
     _scale_context(s, frame.globals[l], frame.history[l])
-    _clear(s.x, instances)
-    add_product(s.x, s.instances, instances, net.instance_in, _INSTANCE)
-    _pool(s, instances, net.instance_bias)
-    _clear(s.q, requests)
-    add_product(s.q, s.requests, requests, net.request_in, _REQUEST)
-    _cut(s.q, requests, net.request_bias)
-    _clear(s.hidden, 1)
-    add_product(s.hidden, s.context, 1, net.context_in, net.context_in.shape[0])
-    for j in range(0, s.x.shape[1], COLUMNS):
-        store(s.pooled[0], j, relu(add(load(s.hidden[0], j), load(net.context_bias[frame.kind[l]], j))))
-    _fill(s.from_edge, candidates, net.edge_bias)
-    add_product(s.from_edge, s.edges, candidates, net.edge_in, _EDGE)
+    multiply_rows(s.x[0], s.instances, instances, net.instance_in, INSTANCE, s.nothing)
+    _pool(s, 0, instances, net.instance_bias)
+    multiply_rows(s.q[0], s.requests, requests, net.request_in, REQUEST, s.nothing)
+    cut(s.q[0], requests, net.request_bias)
+    multiply_row(s.g[0], s.context[0], net.context_in, net.context_in.shape[0], s.nothing[0])
+    cut(s.g, 1, net.context_bias[frame.kind[l]])
+    multiply_rows(s.from_edge, s.edges, candidates, net.edge_in, EDGE, net.edge_bias)
 
 
 @inlined
-def _send(net, s, block, instances, requests):
-    """What instances and requests add to the messages of a block, or to the scores of the head."""
-    p = s.x.shape[1]
-    _clear(s.from_instance, instances)
-    add_product(s.from_instance, s.x, instances, net.message_instance[block], p)
-    _clear(s.from_request, requests)
-    add_product(s.from_request, s.q, requests, net.message_request[block], p)
+def _send(net, s, block, layer, instances, requests, more):
+    """What instances and requests, and `more`, add to a block's messages or to the scores of the head."""
+    p = s.x.shape[2]
+    multiply_rows(s.from_instance, s.x[layer], instances, net.message_instance[block], p, s.nothing)
+    multiply_rows(s.from_request, s.q[layer], requests, net.message_request[block], p, more)
 
 
 @inlined
 def _exchange(s, block, candidates, instances, requests, legal):
     """Mean messages of the legal candidates, to their instances and to their requests."""
-    p = s.x.shape[1]
-    _clear(s.to_instance, instances)
-    _clear(s.to_request, requests)
+    p, messages = s.x.shape[2], s.message[block]
+    to_instances, to_requests = s.to_instance[block], s.to_request[block]
+    clear(to_instances, instances)
+    clear(to_requests, requests)
     for k in range(legal):
         c = s.legal[k]
         r, i = candidates[c, 0], candidates[c, 1]
-        to_instance, to_request = s.to_instance[i], s.to_request[r]
+        instance_share, request_share = spread(s.instance_share[i]), spread(s.request_share[r])
+        to_instance, to_request = to_instances[i], to_requests[r]
         for j in range(0, p, COLUMNS):
             sent = add(load(s.from_instance[i], j), load(s.from_request[r], j))
             message = relu(add(sent, load(s.from_edge[c], block * p + j)))
-            store(to_instance, j, add(message, load(to_instance, j)))
-            store(to_request, j, add(message, load(to_request, j)))
-    _multiply(s.to_instance, instances, s.instance_share)
-    _multiply(s.to_request, requests, s.request_share)
+            store(messages[c], j, message)
+            store(to_instance, j, multiply_add(instance_share, message, load(to_instance, j)))
+            store(to_request, j, multiply_add(request_share, message, load(to_request, j)))
 
 
 @inlined
 def _block(net, s, block, candidates, instances, requests, legal):
-    """One round of message passing: update x, q and g."""
-    p = s.x.shape[1]
-    _send(net, s, block, instances, requests)
+    """One round of message passing: the next layer of x, q and g."""
+    p, layer = s.x.shape[2], block + 1
+    x, q, g = s.x[layer], s.q[layer], s.g[layer]
+    _send(net, s, block, block, instances, requests, s.nothing)
     _exchange(s, block, candidates, instances, requests, legal)
-    _fill(s.hidden, 1, net.pool_bias[block])
-    add_product(s.hidden, s.pooled[:, p:], 1, net.pool[block], 2 * p)
-    _cut(s.pooled, 1, s.hidden[0])
-    _fill(s.update, 1, net.update_bias[block])
-    add_product(s.update, s.pooled, 1, net.update_context[block], p)
-    add_product(s.x, s.to_instance, instances, net.instance_message[block], p)
-    add_product(s.q, s.to_request, requests, net.request_message[block], p)
-    _cut(s.q, requests, s.update[0, p:])
-    _pool(s, instances, s.update[0, :p])
+    multiply_row(g, s.pooled[block], net.pool[block], 2 * p, net.pool_bias[block])
+    cut(s.g[layer:], 1, s.g[block])
+    multiply_row(s.update, g, net.update_context[block], p, net.update_bias[block])
+    multiply_rows(x, s.to_instance[block], instances, net.instance_message[block], p, s.x[block])
+    multiply_rows(q, s.to_request[block], requests, net.request_message[block], p, s.q[block])
+    cut(q, requests, s.update[p:])
+    _pool(s, layer, instances, s.update[:p])
 
 
 @inlined
 def _score(net, s, candidates, instances, requests, legal):
     """The logits of the legal candidates."""
-    p, head = s.x.shape[1], net.pool.shape[0]
-    _send(net, s, head, instances, requests)
-    _clear(s.hidden, 1)
-    add_product(s.hidden, s.pooled, 1, net.head_context, p)
+    p, head = s.x.shape[2], net.pool.shape[0]
+    multiply_row(s.more[0], s.g[head], net.head_context, p, s.nothing[0])
+    _send(net, s, head, head, instances, requests, s.more)
     for k in range(legal):
         c = s.legal[k]
         r, i = candidates[c, 0], candidates[c, 1]
         products = zeros()
         for j in range(0, p, COLUMNS):
             sent = add(load(s.from_instance[i], j), load(s.from_request[r], j))
-            score = relu(add(add(sent, load(s.from_edge[c], head * p + j)), load(s.hidden[0], j)))
+            score = relu(add(sent, load(s.from_edge[c], head * p + j)))
+            store(s.score[c], j, score)
             products = multiply_add(score, load(net.head_score, j), products)
         s.logits[c] = total(products)
 
 
 @inlined
 def _value(net, s):
-    p = s.x.shape[1]
-    _fill(s.hidden, 1, net.value_bias)
-    add_product(s.hidden, s.pooled, 1, net.value_hidden, 3 * p)
+    p, last = s.x.shape[2], net.pool.shape[0]
+    multiply_row(s.hidden, s.g[last], net.value_context, p, net.value_bias)
+    multiply_row(s.hidden, s.pooled[last], net.value_pooled, 2 * p, s.hidden)
     products = zeros()
     for j in range(0, p, COLUMNS):
-        products = multiply_add(relu(load(s.hidden[0], j)), load(net.value_out, j), products)
+        hidden = relu(load(s.hidden, j))
+        store(s.hidden, j, hidden)
+        products = multiply_add(hidden, load(net.value_out, j), products)
     return total(products) + net.value_out_bias[0]
 
 
@@ -271,7 +258,7 @@ def forward(net, s, frame, l):
     """Score the candidates of the question in a frame's row.
 
     The logits go to `s.logits`, `ILLEGAL` where a candidate is, and the numbers of the legal ones to
-    `s.legal`.
+    `s.legal`. What `servegym.models.backward` needs stays in `s`.
 
     Args:
         net: `Weights`.
@@ -283,7 +270,8 @@ def forward(net, s, frame, l):
         the number of legal candidates, and the value in the units of the trainer's normaliser.
     """
     candidates = frame.candidates[l]
-    instances, requests, legal = _extent(s, candidates, frame.mask[l], frame.instance_mask[l])
+    _extent(s, candidates, frame.mask[l], frame.instance_mask[l])
+    instances, requests, legal = s.extent[0], s.extent[1], s.extent[2]
     _embed(net, s, frame, l, instances, requests, s.legal[legal - 1] + 1)
     for block in range(net.pool.shape[0]):
         _block(net, s, block, candidates, instances, requests, legal)

@@ -1,8 +1,9 @@
-"""Vectors of 16 float32 inside kernels: whole registers, said outright.
+"""Vectors of float32 inside kernels: whole registers, said outright.
 
 LLVM guards loops over rows of arrays against overlap, and then leaves many of them scalar; with vectors as
-values there is nothing to prove. A vector is one register of AVX-512, two of AVX2 and four of SSE or NEON. It
-lives in the variables of one kernel only, never in an array or an argument.
+values there is nothing to prove. A vector is two registers of AVX-512, two of AVX2 or four of SSE or NEON: as
+many as hide the latency of a sum and leave room for `ROWS` sums. It lives in the variables of one kernel
+only, never in an array or an argument.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
 from servegym.envs.cluster.kernel import decorators
 
-WIDTH = 16
-ROWS = 4  # rows of a matrix that `add_product` multiplies at once
+WIDTH = 32 if binding.get_host_cpu_features().get("avx512f") else 16
+ROWS = 4  # rows of a matrix that a product takes at once
 _FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
-_, inlined = decorators(__file__)
+kernel, _ = decorators(__file__)
 _ZERO = ir.Constant(_FLOATS, [0.0] * WIDTH)
+_INTS = ir.VectorType(ir.IntType(32), WIDTH)
+_SQRT_HALF, _MANTISSA = 0x3F3504F3, 23  # of a float32: the bits of sqrt(1/2), and where the exponent begins
 _FUSED = ("contract",)  # a product and the sum that it enters may be rounded once
 
 
@@ -43,9 +45,8 @@ class _VectorModel(PrimitiveModel):
 _VECTOR = _Vector()
 
 
-def _address(context: Any, builder: Any, kind: Any, row: Any, index: Any) -> Any:
-    array = context.make_array(kind)(context, builder, row)
-    first = cgutils.get_item_pointer(context, builder, kind, array, [index], wraparound=False)
+def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    first = builder.gep(context.make_array(kind)(context, builder, array).data, [index])
     return builder.bitcast(first, _FLOATS.as_pointer())
 
 
@@ -54,19 +55,19 @@ def _index(context: Any, builder: Any, kind: Any, index: Any) -> Any:
 
 
 @_operation
-def load(typing, row, index):
-    """row[index : index + 16] of a contiguous float32 [N]."""
+def load(typing, array, index):
+    """The numbers index, .., index + WIDTH - 1 of a C-contiguous float32 array, counted in its order."""
 
     def generate(context, builder, signature, arguments):
         index = _index(context, builder, signature.args[1], arguments[1])
         return builder.load(_address(context, builder, signature.args[0], arguments[0], index), align=4)
 
-    return _VECTOR(row, index), generate
+    return _VECTOR(array, index), generate
 
 
 @_operation
-def store(typing, row, index, vector):
-    """row[index : index + 16] = vector."""
+def store(typing, array, index, vector):
+    """Overwrite the numbers index, .., index + WIDTH - 1 of a C-contiguous float32 array."""
 
     def generate(context, builder, signature, arguments):
         index = _index(context, builder, signature.args[1], arguments[1])
@@ -74,12 +75,12 @@ def store(typing, row, index, vector):
         builder.store(arguments[2], address, align=4)
         return context.get_dummy_value()
 
-    return types.void(row, index, vector), generate
+    return types.void(array, index, vector), generate
 
 
 @_operation
 def spread(typing, number):
-    """A float32 sixteen times."""
+    """A float32 in all places."""
 
     def generate(context, builder, signature, arguments):
         undefined, lane = ir.Constant(_FLOATS, ir.Undefined), ir.IntType(32)
@@ -91,8 +92,12 @@ def spread(typing, number):
 
 @_operation
 def zeros(typing):
-    """Sixteen zeros."""
+    """Zeros."""
     return _VECTOR(), lambda context, builder, signature, arguments: _ZERO
+
+
+def _all(number: int) -> ir.Constant:
+    return ir.Constant(_INTS, [number] * WIDTH)
 
 
 def _elementwise(arity: int, emit: Callable) -> Callable:
@@ -143,8 +148,58 @@ def maximum(typing, a, b):
 
 
 @_operation
+def subtract(typing, a, b):
+    """Differences, a - b."""
+    return _elementwise(2, lambda builder, a, b: builder.fsub(a, b))()
+
+
+@_operation
+def divide(typing, a, b):
+    """Quotients, a / b."""
+    return _elementwise(2, lambda builder, a, b: builder.fdiv(a, b))()
+
+
+@_operation
+def choose(typing, a, b, c):
+    """Choose b where a is not 0, else c."""
+    return _elementwise(
+        3, lambda builder, a, b, c: builder.select(builder.fcmp_unordered("!=", a, _ZERO), b, c)
+    )()
+
+
+@_operation
+def gate(typing, a, b):
+    """Let b through where a > 0, else 0: the slope of relu."""
+    return _elementwise(
+        2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, _ZERO), b, _ZERO)
+    )()
+
+
+@_operation
+def where_equal(typing, a, b, c):
+    """Let c through where a = b, else 0."""
+    return _elementwise(
+        3, lambda builder, a, b, c: builder.select(builder.fcmp_ordered("==", a, b), c, _ZERO)
+    )()
+
+
+@_operation
+def split(typing, a):
+    """Split into k and f of a = 2^k (1 + f), for normal a > 0, with f in [sqrt(1/2) - 1, sqrt(2) - 1)."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], _INTS)
+        k = builder.ashr(builder.sub(bits, _all(_SQRT_HALF)), _all(_MANTISSA))
+        mantissa = builder.bitcast(builder.sub(bits, builder.shl(k, _all(_MANTISSA))), _FLOATS)
+        f = builder.fsub(mantissa, ir.Constant(_FLOATS, [1.0] * WIDTH))
+        return context.make_tuple(builder, signature.return_type, (builder.sitofp(k, _FLOATS), f))
+
+    return types.UniTuple(_VECTOR, 2)(_VECTOR), generate
+
+
+@_operation
 def total(typing, a):
-    """The sum of the sixteen, float32, added in pairs."""
+    """The sum of its numbers, float32, added in pairs."""
 
     def generate(context, builder, signature, arguments):
         lane, parts, width = ir.IntType(32), arguments[0], WIDTH
@@ -160,9 +215,9 @@ def total(typing, a):
     return types.float32(_VECTOR), generate
 
 
-@inlined
-def add_product(out, x, n, weights, depth):
-    """out[:n] += x[:n, :depth] @ weights[:depth].
+@kernel
+def multiply_rows(out, x, n, weights, depth, start):
+    """Let out[:n] be start + x[:n, :depth] @ weights[:depth].
 
     Args:
         out: float32 [N, M], M a multiple of `WIDTH`, N at least n rounded up to `ROWS`; the rows from n on
@@ -171,15 +226,18 @@ def add_product(out, x, n, weights, depth):
         n: rows.
         weights: float32 [at least depth, M].
         depth: of the sum.
+        start: float32 [1, M] for all rows, or [N, M]; may be `out`.
     """
     if n == 1 and depth % ROWS == 0:
-        _add_row(out[0], x[0], weights, depth)
+        multiply_row(out[0], x[0], weights, depth, start[0])
         return
+    step = 0 if len(start) == 1 else 1
     for row in range(0, n, ROWS):
         a, b, c, d = x[row], x[row + 1], x[row + 2], x[row + 3]
+        first = row * step
         for column in range(0, out.shape[1], WIDTH):
-            sum_a, sum_b = load(out[row], column), load(out[row + 1], column)
-            sum_c, sum_d = load(out[row + 2], column), load(out[row + 3], column)
+            sum_a, sum_b = load(start[first], column), load(start[first + step], column)
+            sum_c, sum_d = load(start[first + 2 * step], column), load(start[first + 3 * step], column)
             for k in range(depth):
                 factor = load(weights[k], column)
                 sum_a = multiply_add(spread(a[k]), factor, sum_a)
@@ -192,14 +250,45 @@ def add_product(out, x, n, weights, depth):
             store(out[row + 3], column, sum_d)
 
 
-@inlined
-def _add_row(out, x, weights, depth):
-    """As `add_product` for one row; four sums at once, since one would wait for itself."""
+@kernel
+def multiply_row(out, x, weights, depth, start):
+    """Let out be start + x[:depth] @ weights[:depth]; `depth` is a multiple of `ROWS`, out and start are [M].
+
+    Four sums at once, since one would wait for itself.
+    """
     for column in range(0, len(out), WIDTH):
-        sum_a, sum_b, sum_c, sum_d = load(out, column), zeros(), zeros(), zeros()
+        sum_a, sum_b, sum_c, sum_d = load(start, column), zeros(), zeros(), zeros()
         for k in range(0, depth, ROWS):
             sum_a = multiply_add(spread(x[k]), load(weights[k], column), sum_a)
             sum_b = multiply_add(spread(x[k + 1]), load(weights[k + 1], column), sum_b)
             sum_c = multiply_add(spread(x[k + 2]), load(weights[k + 2], column), sum_c)
             sum_d = multiply_add(spread(x[k + 3]), load(weights[k + 3], column), sum_d)
         store(out, column, add(add(sum_a, sum_b), add(sum_c, sum_d)))
+
+
+@kernel
+def add_outer(out, x, n, y, depth):
+    """Add x[:n, :depth].T @ y[:n] to out[:depth].
+
+    Args:
+        out: float32 [at least depth rounded up to `ROWS`, M], M a multiple of `WIDTH`; the rows from depth on
+            receive anything.
+        x: float32 [N, at least depth], with `ROWS` numbers behind its n rows.
+        n: rows.
+        y: float32 [N, M].
+        depth: columns of x.
+    """
+    for k in range(0, depth, ROWS):
+        for column in range(0, out.shape[1], WIDTH):
+            sum_a, sum_b = load(out[k], column), load(out[k + 1], column)
+            sum_c, sum_d = load(out[k + 2], column), load(out[k + 3], column)
+            for row in range(n):
+                factor = load(y[row], column)
+                sum_a = multiply_add(spread(x[row, k]), factor, sum_a)
+                sum_b = multiply_add(spread(x[row, k + 1]), factor, sum_b)
+                sum_c = multiply_add(spread(x[row, k + 2]), factor, sum_c)
+                sum_d = multiply_add(spread(x[row, k + 3]), factor, sum_d)
+            store(out[k], column, sum_a)
+            store(out[k + 1], column, sum_b)
+            store(out[k + 2], column, sum_c)
+            store(out[k + 3], column, sum_d)

@@ -1,7 +1,8 @@
 """Proximal policy optimisation (arXiv 1707.06347) over graph observations and semi-Markov time.
 
 Stands on stable-baselines3 for the training loop, callbacks, logger and progress bar; collection and
-update are its own: roll-outs are played inside the lanes, network included, and torch only learns from them.
+update are its own: roll-outs are played inside the lanes, network included, and on a CPU their gradients are
+computed there, too. Steps are torch's Adam, and so are gradients on other devices.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from servegym.agents.ppo.advantage import comparable, gae, group_relative, real_
 from servegym.agents.ppo.buffer import ReturnNormalizer, RolloutBuffer
 from servegym.agents.ppo.checkpoint import CheckpointInfo, read_network, save_checkpoint
 from servegym.agents.ppo.config import PPOConfig
+from servegym.agents.ppo.gradient import STATISTICS, KernelGradient
 from servegym.agents.ppo.interrupt import DeferredInterrupt
 from servegym.agents.ppo.policy import NetworkPolicy
 from servegym.agents.ppo.resume import load_state, optimizer_state, trainer_state
@@ -41,7 +43,6 @@ from servegym.models.dense import DenseNetwork
 PHASES = ("collect", "advantage", "update")
 # Gradients and statistics of a loss on some decisions, both times a weight.
 Gradient: TypeAlias = Callable[[Tensor, float], tuple[tuple[Tensor, ...], Tensor]]
-STATISTICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
 
 
 class PPO(OnPolicyAlgorithm):
@@ -108,6 +109,7 @@ class PPO(OnPolicyAlgorithm):
         self.generator = torch.Generator().manual_seed(seed)
         space = cast("Dict", env.single_observation_space)
         self.buffer = RolloutBuffer(config.n_steps, self.n_envs, space)
+        self.kernel = KernelGradient(self.buffer, self.network.config, config)
         self.rollout_buffer = self.buffer  # type: ignore[assignment]
         self.observation: dict[str, np.ndarray] = {}
         self.tally = make_tally(self.n_envs)
@@ -268,11 +270,7 @@ class PPO(OnPolicyAlgorithm):
         epochs, kl = 0, 0.0
         while epochs < self.config.n_epochs and not 0.0 < self.config.target_kl < kl:
             minibatches = self.buffer.minibatches(self.config.batch_size, self.generator)
-            statistics = (
-                torch.stack([self.take_step(numbers, self._gradient) for numbers in minibatches])
-                .mean(0)
-                .tolist()
-            )
+            statistics = torch.stack([self._improve(numbers) for numbers in minibatches]).mean(0).tolist()
             kl = statistics[STATISTICS.index("approx_kl")]
             epochs += 1
         self._n_updates += epochs
@@ -324,6 +322,13 @@ class PPO(OnPolicyAlgorithm):
             head.weight *= std / self.normalizer.std
             head.bias.copy_((head.bias * std + mean - self.normalizer.mean) / self.normalizer.std)
 
+    def _improve(self, numbers: Tensor) -> Tensor:
+        """One step on a minibatch of the roll-out; its `STATISTICS`."""
+        if self.device.type != "cpu":
+            return self.take_step(numbers, self._gradient)
+        self.kernel.load(self.network.state_dict())
+        return self.take_step(numbers, self._kernel_gradient)
+
     def take_step(self, numbers: Tensor, gradient: Gradient) -> Tensor:
         """One step of Adam on a minibatch, its gradient computed in as many parts as there are threads.
 
@@ -342,6 +347,12 @@ class PPO(OnPolicyAlgorithm):
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         return torch.stack([statistics for _, statistics in parts]).sum(0)
+
+    def _kernel_gradient(self, numbers: Tensor, weight: float) -> tuple[tuple[Tensor, ...], Tensor]:
+        """As `_gradient`, but computed inside a kernel."""
+        gradient, statistics = self.kernel(numbers, weight)
+        names = (name for name, _ in self.network.named_parameters())
+        return tuple(torch.from_numpy(gradient[name]) for name in names), statistics
 
     def _gradient(self, numbers: Tensor, weight: float) -> tuple[tuple[Tensor, ...], Tensor]:
         """Gradient and `STATISTICS` of the clipped objective on some decisions, times `weight`."""

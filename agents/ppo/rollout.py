@@ -122,7 +122,10 @@ class Collector:
         """
         load_weights(self._weights, weights)
         store = Frame(**{name: obs[name] for name in ARRAYS}, oracle=self._lanes.frame.oracle)
-        self._crew.run(_play_groups, self._lanes, self._weights, store, steps, tally, np.uint64(self._seed))
+        asked = np.empty((len(tally.decisions), 2), np.int64)
+        self._crew.run(
+            _play_groups, self._lanes, self._weights, store, steps, tally, np.uint64(self._seed), asked
+        )
 
     def close(self) -> None:
         """End the threads."""
@@ -150,8 +153,11 @@ def _copy(source, target):
 
 
 @inlined
-def draw(logits, legal, count, bits):
+def draw(logits, legal, count, bits, odds):
     """Draw one of the first `count` candidates of `legal` from softmax(logits).
+
+    Args:
+        odds: float64 [at least count], scratch.
 
     Returns:
         its number and the logarithm of its probability.
@@ -161,11 +167,12 @@ def draw(logits, legal, count, bits):
         most = max(most, logits[legal[k]])
     total = 0.0
     for k in range(count):
-        total += math.exp(logits[legal[k]] - most)
+        odds[k] = math.exp(logits[legal[k]] - most)
+        total += odds[k]
     left = uniform(bits) * total
     chosen = legal[count - 1]  # where rounding leaves something over
     for k in range(count):
-        left -= math.exp(logits[legal[k]] - most)
+        left -= odds[k]
         if left < 0.0:
             chosen = legal[k]
             break
@@ -197,32 +204,42 @@ def _record(lanes, net, scratch, steps, tally, t, b, l):
 
 
 @inlined
-def _furthest_behind(world, first, last):
+def _note(world, asked, l):
+    """When lane l is asked next: its play and the time in it."""
+    asked[l, 0], asked[l, 1] = world.lane[l].plays, world.lane[l].now
+
+
+@inlined
+def _furthest_behind(asked, first, last):
     """The lane of a group that is asked first: the earliest play, then time, then number."""
     found = first
     for l in range(first + 1, last):
-        lane, best = world.lane[l], world.lane[found]
-        if lane.plays < best.plays or (lane.plays == best.plays and lane.now < best.now):
+        if asked[l, 0] < asked[found, 0] or (
+            asked[l, 0] == asked[found, 0] and asked[l, 1] < asked[found, 1]
+        ):
             found = l
     return found
 
 
 @kernel
-def _play_groups(lanes, net, store, steps, tally, seed, scratch, first, last):
-    """Play the groups of lanes first..last-1."""
+def _play_groups(lanes, net, store, steps, tally, seed, asked, scratch, first, last):
+    """Play the groups of lanes first..last-1; `asked` is int64 [B, 2], scratch."""
     size, world, out = lanes.rules.group_size, lanes.world, lanes.out
     for start in range(first * size, last * size, size):
+        for l in range(start, start + size):
+            _note(world, asked, l)
         for k in range(steps.actions.shape[0] * size):
             t, b = k // size, start + k % size
-            l = _furthest_behind(world, start, start + size)
+            l = _furthest_behind(asked, start, start + size)
             lane = world.lane[l]
             _keep(lanes.frame, l, store, t, b)
             steps.lane[t, b], steps.plays[t, b], steps.now_s[t, b] = l, lane.plays, lane.now / PS
             count, value = inlane.forward(net, scratch, lanes.frame, l)
             bits = mix(mix(mix(seed, _DRAWS), l), tally.decisions[l])
-            action, log_prob = draw(scratch.logits, scratch.legal, count, bits)
+            action, log_prob = draw(scratch.logits, scratch.legal, count, bits, scratch.odds)
             steps.actions[t, b], steps.log_probs[t, b], steps.values[t, b] = action, log_prob, value
             step_lane(world, lanes.frame, lanes.final, lanes.finished, out, lanes.rules, action, l)
             _record(lanes, net, scratch, steps, tally, t, b, l)
+            _note(world, asked, l)
         for l in range(start, start + size):
             tally.last_values[l] = _value(lanes.frame, net, scratch, l)

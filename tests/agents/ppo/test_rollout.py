@@ -24,9 +24,9 @@ kernel, _ = decorators(simd.__file__, inlane.__file__)
 
 
 @kernel
-def draw_many(logits, legal, seed, chosen, log_probs):
+def draw_many(logits, legal, seed, chosen, log_probs, odds):
     for k in range(len(chosen)):
-        chosen[k], log_probs[k] = draw(logits, legal, len(legal), mix(seed, k))
+        chosen[k], log_probs[k] = draw(logits, legal, len(legal), mix(seed, k), odds)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_draws_follow_the_policy():
     logits = np.array([0.5, 3.0, -1.0, 1.5, 0.0], np.float32)
     legal = np.array([0, 2, 3])
     chosen, log_probs = np.zeros(40_000, np.int64), np.zeros(40_000)
-    draw_many(logits, legal, 7, chosen, log_probs)
+    draw_many(logits, legal, 7, chosen, log_probs, np.empty(len(legal)))
     share = np.exp(logits[legal].astype(float))
     share /= share.sum()
     counts = np.bincount(chosen, minlength=5) / len(chosen)
@@ -152,5 +152,5 @@ def test_draws_follow_the_policy():
 def test_a_hopeless_candidate_is_never_drawn():
     logits, legal = np.array([200.0, -200.0], np.float32), np.arange(2)
     chosen, log_probs = np.ones(1000, np.int64), np.ones(1000)
-    draw_many(logits, legal, 7, chosen, log_probs)
+    draw_many(logits, legal, 7, chosen, log_probs, np.empty(len(legal)))
     assert (chosen == 0).all() and (log_probs == 0).all()
