@@ -33,6 +33,9 @@ class Instance:
         unit_tokens: tokens of a prefix unit; 0 for no prefix cache.
         lock: the lock of the cluster that it belongs to.
 
+    Attributes:
+        idle: what `serve` does while there is nothing to run; None: it sleeps.
+
     Raises:
         InputError: settings that this runtime or this device cannot have.
     """
@@ -62,6 +65,7 @@ class Instance:
         self.scheduler = Scheduler(setting, self.swap, number, unit_tokens, kick=self._kick)
         self.graphs: DecodeGraphs | None = None
         self.on_done: Callable[[list[Request]], None] = lambda _: None
+        self.idle: Callable[[], object] | None = None
         self._kicked = self._stopped = False
 
     @property
@@ -128,9 +132,12 @@ class Instance:
         return True
 
     def serve(self) -> None:
-        """Run iterations, and sleep while there is nothing to run, until `stop`."""
+        """Run iterations until `stop`; while there is nothing to run, `idle` again and again, or sleep."""
         while not self._stopped:
             if not self.step():
+                if self.idle:
+                    self.idle()
+                    continue
                 with self.changed:
                     self.changed.wait_for(lambda: self._kicked or self._stopped)
 

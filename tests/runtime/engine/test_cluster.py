@@ -1,6 +1,7 @@
 """Instances in real time: every request gets its tokens, wherever it goes meanwhile."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_an_engine_that_fails_ends_the_play(player, tiny_profile, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         player.play(make_heuristic("round_robin"), Scenario(), case)
+
+
+def test_an_engine_without_requests_does_what_it_is_told_and_serves_what_comes(
+    player, tiny_profile, monkeypatch
+):
+    load = workload(10)
+    case = episode(tiny_profile, load)
+    idled = []
+    for instance in player.instances(case.cluster, load.prefix_block_tokens)[1]:
+        monkeypatch.setattr(instance, "idle", partial(idled.append, instance.number))
+    records = player.play(make_heuristic("round_robin"), Scenario(), case)
+    assert set(idled) == {0, 1}
+    assert np.isfinite(records.finished_s).all()
 
 
 @pytest.mark.parametrize("field", ["block_tokens", "migration"])
