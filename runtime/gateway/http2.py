@@ -294,10 +294,10 @@ class Connection(asyncio.Protocol):
         if block in self._paths:
             return self._paths[block]
         try:
-            fields = dict(self._decoder.decode(block))
+            fields = dict(self._decoder.decode(block, raw=True))
         except HPACKError as error:
             raise BrokenError(COMPRESSION_ERROR) from error
-        path = fields.get(":path", "")
+        path = fields.get(b":path", b"").decode("latin-1")
         if self._decoder.header_table_size == 0 and len(self._paths) < MOST_PATHS:
             self._paths[block] = path
         return path
