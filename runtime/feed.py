@@ -120,7 +120,8 @@ class _Feed:
         self._numbers = np.zeros(2 * size + 2, np.float32)
         self._numbers[-1] = 1.0
         self._raw, self._logs = self._numbers[:size], self._numbers[size:-2]
-        self._factor, self._tables = np.empty(size, np.float32), []
+        self._factor = np.empty(size, np.float32)
+        self._tables: list[tuple[str, np.ndarray]] = []  # of an observation, by name
         self._places: dict[str, np.ndarray] = {}  # of what a network sees of each table
         start = 0
         for name in TABLES:
