@@ -65,11 +65,11 @@ def network_of(hidden, layers, seed):
 
 
 def assert_close(got, want):
-    """Equal to 1e-5 of the largest slope, which is what float32 sums in another order allow."""
+    """Equal to 5e-5 of the largest slope: float32 sums in another order, and some cancel."""
     assert got.keys() == want.keys()
     largest = max(np.abs(slope).max() for slope in want.values())
     for name, slope in want.items():
-        np.testing.assert_allclose(got[name], slope, rtol=0, atol=1e-5 * largest, err_msg=name)
+        np.testing.assert_allclose(got[name], slope, rtol=0, atol=5e-5 * largest, err_msg=name)
 
 
 @settings(max_examples=60, deadline=None)

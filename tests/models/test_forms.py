@@ -19,9 +19,9 @@ from servegym.models.graph import CANDIDATE, GraphNetwork, to_batch
 
 
 def assert_close(got, expected):
-    """Equal to 1e-5 of the largest legal number, which is what float32 sums in another order allow."""
+    """Equal to 5e-5 of the largest legal number: float32 sums in another order, and some cancel."""
     largest = np.abs(expected[expected > ILLEGAL]).max(initial=1.0)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * largest)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * largest)
 
 
 def trained_like(hidden, layers, seed):

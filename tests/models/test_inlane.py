@@ -70,9 +70,9 @@ def network_of(hidden, layers, seed):
 
 
 def assert_close(got, want):
-    """Equal to 1e-5 of the largest legal number, which is what float32 sums in another order allow."""
+    """Equal to 5e-5 of the largest legal number: float32 sums in another order, and some cancel."""
     largest = np.abs(want[want > ILLEGAL]).max(initial=1.0)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * largest)
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-5 * largest)
 
 
 @settings(max_examples=60, deadline=None)
