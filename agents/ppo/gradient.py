@@ -1,7 +1,7 @@
 """The gradient of PPO's loss, computed decision by decision where the roll-out's memory lies.
 
 On a CPU, torch spends most of an update on moving batches of small rows around; here a decision's forward and
-backward pass stay in the processor's cache. `PPO.loss` is the same loss in torch, for other devices.
+backward pass stay in the processor's cache. `PPO._gradient` is the same in torch, for other devices.
 """
 
 from __future__ import annotations
