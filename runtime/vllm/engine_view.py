@@ -90,21 +90,24 @@ class EngineView:
             free_blocks: KV blocks that nobody holds.
             blocks: request id -> its KV blocks in order, with the count of those who hold each.
         """
-        instance = self._instance
+        instance, rows = self._instance, self._requests
         self.view.now_s = self.now()
         instance.free_blocks, instance.running = free_blocks, []
         for request in running:
-            row = self._requests.get(request.request_id)
+            key = request.request_id
+            row = rows.get(key)
             if row is None:
                 continue
             self._catch_up(row, request)
             if not row.admitted:
                 self._admissions += 1
-                row.admitted = self._admissions
-            row.running, row.decoding = True, not request.is_prefill_chunk
+                row.admitted, row.running = self._admissions, True
+            row.decoding = not request.is_prefill_chunk
             row.kv_tokens = request.num_computed_tokens
-            held = blocks.get(request.request_id, ())
-            row.shared_blocks = sum(1 for _ in takewhile(lambda block: block.ref_cnt > 1, held))
+            held = blocks.get(key)
+            # Most share nothing, which the first block tells.
+            is_shared = held and held[0].ref_cnt > 1
+            row.shared_blocks = sum(1 for _ in takewhile(lambda block: block.ref_cnt > 1, held)) if is_shared else 0
             instance.running.append(row)
         return self.view
 
