@@ -1,9 +1,12 @@
-"""Random observations of any size, with padding and illegal candidates."""
+"""Random observations of any size, with padding and illegal candidates, and networks that look trained."""
 
 import numpy as np
 import pytest
+import torch
 
 from servegym.envs.cluster import schema
+from servegym.models.config import NetworkConfig
+from servegym.models.dense import DenseNetwork
 from servegym.models.features import IS_LOG, SCALE, WIDTH
 
 
@@ -44,3 +47,19 @@ def random_observation(seed, lanes=3, real=5, instances=5, requests=1):
 def observation():
     """The function itself: tests ask for the sizes they need."""
     return random_observation
+
+
+def network_like_trained(hidden, layers, seed):
+    """A network whose every parameter is away from zero, biases and scores included."""
+    network = DenseNetwork(NetworkConfig(hidden, layers), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+@pytest.fixture(scope="session")
+def trained_like():
+    """The function itself."""
+    return network_like_trained

@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 from servegym.envs.cluster.kernel import decorators
 from servegym.envs.cluster.observe import Frame
 from servegym.models import backward, inlane, simd
-from servegym.models.config import NetworkConfig
-from servegym.models.dense import DenseNetwork
 from servegym.models.packing import (
     load_weights,
     make_scratch,
@@ -55,15 +53,6 @@ def slopes(rng, obs):
     return by_logit, rng.normal(size=len(obs["mask"])).astype(np.float32)
 
 
-def network_of(hidden, layers, seed):
-    network = DenseNetwork(NetworkConfig(hidden, layers), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return network
-
-
 def assert_close(got, want):
     """Equal to 5e-5 of the largest slope: float32 sums in another order, and some cancel."""
     assert got.keys() == want.keys()
@@ -81,22 +70,22 @@ def assert_close(got, want):
     hidden=st.sampled_from([4, 16, 32, 40]),
     layers=st.integers(0, 3),
 )
-def test_equals_autograd(observation, seed, real, padding, requests, hidden, layers):
+def test_equals_autograd(observation, trained_like, seed, real, padding, requests, hidden, layers):
     obs = observation(seed, 4, real, real + padding, requests)
-    network, given_slopes = network_of(hidden, layers, seed), slopes(np.random.default_rng(seed), obs)
+    network, given_slopes = trained_like(hidden, layers, seed), slopes(np.random.default_rng(seed), obs)
     assert_close(gradient(network, obs, *given_slopes), expected(network, obs, *given_slopes))
 
 
-def test_equal_instances_share_the_slope_of_their_maximum(observation):
+def test_equal_instances_share_the_slope_of_their_maximum(observation, trained_like):
     obs = observation(3, 4, 6, 6, 1)
     obs["instances"] = np.repeat(obs["instances"][:, :1], 6, axis=1)
     obs["edges"] = np.repeat(obs["edges"][:, :1], obs["edges"].shape[1], axis=1)
     obs["mask"][:] = 1
-    network, given_slopes = network_of(32, 2, 3), slopes(np.random.default_rng(3), obs)
+    network, given_slopes = trained_like(32, 2, 3), slopes(np.random.default_rng(3), obs)
     assert_close(gradient(network, obs, *given_slopes), expected(network, obs, *given_slopes))
 
 
-def test_what_padding_holds_changes_nothing(observation):
+def test_what_padding_holds_changes_nothing(observation, trained_like):
     obs = observation(5, 4, 5, 8, 8)
     last = 1 + obs["candidates"][..., 0].max(initial=0, where=obs["mask"] == 1, axis=1)
     dirty = {name: rows.copy() for name, rows in obs.items()}
@@ -104,7 +93,7 @@ def test_what_padding_holds_changes_nothing(observation):
     dirty["edges"][obs["mask"] == 0] = np.nan
     for l in range(4):
         dirty["requests"][l, last[l] :] = np.nan
-    network, given_slopes = network_of(32, 2, 5), slopes(np.random.default_rng(5), obs)
+    network, given_slopes = trained_like(32, 2, 5), slopes(np.random.default_rng(5), obs)
     clean = gradient(network, obs, *given_slopes)
     for name, slope in gradient(network, dirty, *given_slopes).items():
         np.testing.assert_array_equal(slope, clean[name], err_msg=name)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from servegym.envs.cluster import schema
 from servegym.models import numpy_policy
-from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
 from servegym.models.features import ILLEGAL
 from servegym.models.graph import CANDIDATE, GraphNetwork, to_batch
@@ -22,16 +21,6 @@ def assert_close(got, expected):
     """Equal to 5e-5 of the largest legal number: float32 sums in another order, and some cancel."""
     largest = np.abs(expected[expected > ILLEGAL]).max(initial=1.0)
     np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * largest)
-
-
-def trained_like(hidden, layers, seed):
-    """A network whose every parameter is away from zero, biases and scores included."""
-    network = DenseNetwork(NetworkConfig(hidden, layers), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return network
 
 
 def run(network, obs):
@@ -53,7 +42,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
-def draw(observation, size):
+def draw(observation, trained_like, size):
     obs = observation(
         size["seed"], size["lanes"], size["real"], size["real"] + size["padding"], size["requests"]
     )
@@ -62,8 +51,8 @@ def draw(observation, size):
 
 @settings(max_examples=60, deadline=None)
 @given(size=sizes)
-def test_graph_form_equals_dense_form(observation, size):
-    obs, dense = draw(observation, size)
+def test_graph_form_equals_dense_form(observation, trained_like, size):
+    obs, dense = draw(observation, trained_like, size)
     graph = GraphNetwork(dense.config)
     graph.load_state_dict(dense.state_dict())
     batch = to_batch(obs)
@@ -77,8 +66,8 @@ def test_graph_form_equals_dense_form(observation, size):
 
 @settings(max_examples=60, deadline=None)
 @given(size=sizes)
-def test_numpy_form_equals_dense_form(observation, size):
-    obs, dense = draw(observation, size)
+def test_numpy_form_equals_dense_form(observation, trained_like, size):
+    obs, dense = draw(observation, trained_like, size)
     weights = {name: parameter.numpy() for name, parameter in dense.state_dict().items()}
     for got, expected in zip(numpy_policy.forward(weights, obs), run(dense, obs), strict=True):
         assert got.dtype == np.float32
@@ -87,8 +76,8 @@ def test_numpy_form_equals_dense_form(observation, size):
 
 @settings(max_examples=30, deadline=None)
 @given(size=sizes, fill=st.floats(0, 1e6))
-def test_padding_changes_nothing(observation, size, fill):
-    obs, network = draw(observation, {**size, "padding": 0, "requests": 1})
+def test_padding_changes_nothing(observation, trained_like, size, fill):
+    obs, network = draw(observation, trained_like, {**size, "padding": 0, "requests": 1})
     extra, lanes = size["padding"] + 1, size["lanes"]
 
     def pad(name, value):
@@ -107,8 +96,8 @@ def test_padding_changes_nothing(observation, size, fill):
 
 @settings(max_examples=30, deadline=None)
 @given(size=sizes)
-def test_renumbering_instances_renumbers_the_answer(observation, size):
-    obs, network = draw(observation, {**size, "requests": 1})
+def test_renumbering_instances_renumbers_the_answer(observation, trained_like, size):
+    obs, network = draw(observation, trained_like, {**size, "requests": 1})
     count = obs["instances"].shape[1]
     order = np.random.default_rng(size["seed"]).permutation(count)
     answers = np.concatenate([[0], 1 + order])
@@ -122,7 +111,7 @@ def test_renumbering_instances_renumbers_the_answer(observation, size):
     assert_close(new_values, values)
 
 
-def test_candidate_zero_is_its_instance_but_for_the_edge(observation):
+def test_candidate_zero_is_its_instance_but_for_the_edge(observation, trained_like):
     obs, network = observation(3, requests=1), trained_like(32, 2, 3)
     default = obs["candidates"][:, 0, 1]
     lanes = np.arange(len(default))
@@ -135,7 +124,7 @@ def test_candidate_zero_is_its_instance_but_for_the_edge(observation):
     assert (np.abs(logits[lanes, 1 + default] - logits[:, 0]) > 1e-3).all()
 
 
-def test_request_edges_and_history_reach_the_answer(observation):
+def test_request_edges_and_history_reach_the_answer(observation, trained_like):
     obs, network = observation(4, lanes=1), trained_like(32, 2, 4)
     logits, values = run(network, obs)
     for name in ("instances", "requests", "edges", "globals", "history"):
@@ -144,7 +133,7 @@ def test_request_edges_and_history_reach_the_answer(observation):
         assert abs(changed_values - values) > 1e-4, name
 
 
-def test_log_probabilities_are_finite_and_illegal_ones_impossible(observation):
+def test_log_probabilities_are_finite_and_illegal_ones_impossible(observation, trained_like):
     obs, network = observation(5, real=3, instances=9), trained_like(32, 2, 5)
     log_probs = torch.log_softmax(torch.from_numpy(run(network, obs)[0]), -1)
     assert torch.isfinite(log_probs).all()

@@ -9,8 +9,6 @@ from servegym.envs.cluster import schema
 from servegym.envs.cluster.kernel import decorators
 from servegym.envs.cluster.observe import Frame
 from servegym.models import inlane, simd
-from servegym.models.config import NetworkConfig
-from servegym.models.dense import DenseNetwork
 from servegym.models.features import ILLEGAL
 from servegym.models.packing import load_weights, make_scratch, make_weights
 
@@ -59,16 +57,6 @@ def expected(network, obs):
     return logits.numpy(), values.numpy()
 
 
-def network_of(hidden, layers, seed):
-    """A network whose every parameter is away from zero, biases and scores included."""
-    network = DenseNetwork(NetworkConfig(hidden, layers), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return network
-
-
 def assert_close(got, want):
     """Equal to 5e-5 of the largest legal number: float32 sums in another order, and some cancel."""
     largest = np.abs(want[want > ILLEGAL]).max(initial=1.0)
@@ -84,22 +72,22 @@ def assert_close(got, want):
     hidden=st.sampled_from([4, 16, 32, 40]),
     layers=st.integers(0, 3),
 )
-def test_equals_the_dense_form(observation, seed, real, padding, requests, hidden, layers):
+def test_equals_the_dense_form(observation, trained_like, seed, real, padding, requests, hidden, layers):
     obs = observation(seed, 4, real, real + padding, requests)
-    network = network_of(hidden, layers, seed)
+    network = trained_like(hidden, layers, seed)
     for got, want in zip(evaluate(network, obs), expected(network, obs), strict=True):
         assert_close(got, want)
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), requests=st.sampled_from([1, 8]))
-def test_real_instances_may_stand_anywhere(observation, seed, requests):
+def test_real_instances_may_stand_anywhere(observation, trained_like, seed, requests):
     obs = observation(seed, 4, 5, 9, requests)
     order = np.random.default_rng(seed).permutation(9)
     obs |= {name: obs[name][:, order] for name in ("instances", "instance_mask")}
     obs["candidates"] = obs["candidates"].copy()
     obs["candidates"][..., 1] = np.argsort(order)[obs["candidates"][..., 1]]
-    network = network_of(32, 2, seed)
+    network = trained_like(32, 2, seed)
     for got, want in zip(evaluate(network, obs), expected(network, obs), strict=True):
         assert_close(got, want)
 
@@ -108,7 +96,7 @@ def test_real_instances_may_stand_anywhere(observation, seed, requests):
 @given(
     seed=st.integers(0, 10_000), requests=st.sampled_from([1, 8]), fill=st.sampled_from([0.0, 3e38, np.nan])
 )
-def test_what_padding_holds_changes_nothing(observation, seed, requests, fill):
+def test_what_padding_holds_changes_nothing(observation, trained_like, seed, requests, fill):
     """Padded rows of instances, illegal candidates' edges, and request rows that no legal candidate names."""
     obs = observation(seed, 4, 5, 8, requests)
     last = 1 + obs["candidates"][..., 0].max(initial=0, where=obs["mask"] == 1, axis=1)
@@ -117,13 +105,13 @@ def test_what_padding_holds_changes_nothing(observation, seed, requests, fill):
     dirty["edges"][obs["mask"] == 0] = fill
     for l in range(4):
         dirty["requests"][l, last[l] :] = fill
-    network = network_of(32, 2, seed)
+    network = trained_like(32, 2, seed)
     for got, want in zip(evaluate(network, dirty), evaluate(network, obs), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
-def test_a_number_that_is_none_shows(observation):
-    network = network_of(32, 2, 0)
+def test_a_number_that_is_none_shows(observation, trained_like):
+    network = trained_like(32, 2, 0)
     for name in ("instances", "requests", "edges", "globals", "history"):
         obs = observation(0, 2)
         obs["mask"][:] = 1
@@ -151,12 +139,12 @@ def test_log1p_along_the_whole_range():
     assert not np.isfinite(log1p(np.array([np.nan, np.inf], np.float32))).any()
 
 
-def test_weights_are_read_whole(observation):
+def test_weights_are_read_whole(observation, trained_like):
     """Every parameter matters: changing any one tensor changes the answer as it changes the dense form's."""
     obs = observation(1, 2, 5, 5, 2)
     obs["mask"][:] = 1
     obs["kind"][:] = [0, len(schema.KINDS) - 1]
-    network = network_of(8, 2, 1)
+    network = trained_like(8, 2, 1)
     before = np.concatenate([a.ravel() for a in evaluate(network, obs)])
     for name, parameter in network.named_parameters():
         with torch.no_grad():
