@@ -1,7 +1,7 @@
-"""The gradient of PPO's loss, computed decision by decision where the roll-out's memory lies.
+"""The gradient of a loss, computed decision by decision where the roll-out's memory lies.
 
 On a CPU, torch spends most of an update on moving batches of small rows around; here a decision's forward and
-backward pass stay in the processor's cache. `PPO._gradient` is the same in torch, for other devices.
+backward pass stay in the processor's cache. `PPO` and `imitation` have the same in torch, for other devices.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Memory(NamedTuple):
 
 
 class KernelGradient:
-    """Gradients of the clipped objective on the decisions in a buffer.
+    """Gradients of PPO's clipped objective, or of imitation, on the decisions in a buffer.
 
     Args:
         buffer: of the roll-outs.
@@ -70,11 +70,15 @@ class KernelGradient:
         load_weights(self._weights, {name: weight.numpy() for name, weight in weights.items()})
         self._turned = turn(self._weights)
 
-    def __call__(self, numbers: Tensor, weight: float) -> tuple[dict[str, np.ndarray], Tensor]:
+    def __call__(
+        self, numbers: Tensor, weight: float, imitate: bool = False
+    ) -> tuple[dict[str, np.ndarray], Tensor]:
         """Gradient and `STATISTICS` of the mean loss on some decisions, times `weight`; from any thread.
 
         Args:
             numbers: of decisions in the buffer, int64 [N].
+            imitate: the policy's loss is the cross-entropy of the buffer's answers, without entropy's bonus;
+                the statistics then have only the value's loss and the entropy.
 
         Returns:
             the gradient by each tensor of `policy.safetensors`, and the statistics, float32 [5].
@@ -84,7 +88,7 @@ class KernelGradient:
             part[...] = 0.0
         sums = np.zeros(len(STATISTICS))
         net = self._weights, self._turned
-        _learn(*net, *memory, self._frame, *self._old, numbers.numpy(), weight, self._rates, sums)
+        _learn(*net, *memory, self._frame, *self._old, numbers.numpy(), weight, self._rates, imitate, sums)
         gradient = unload_gradient(memory.gradient, self._network.hidden)
         self._free.append(memory)
         return gradient, torch.from_numpy((weight / len(numbers) * sums).astype(np.float32))
@@ -99,9 +103,12 @@ class KernelGradient:
 
 
 @inlined
-def _loss(s, d, count, value, action, log_prob, advantage, target, share, rates, sums):
-    """The loss's derivatives by the logits, into d.logits, and by the value; adds up the statistics."""
-    clip, value_coef, entropy_coef = rates[0], rates[1], rates[2]
+def _entropy(s, count):
+    """Let `s.odds` be the probabilities of the legal candidates.
+
+    Returns:
+        their entropy, and what log-probabilities lack to be logits.
+    """
     most = s.logits[s.legal[0]]
     for k in range(1, count):
         most = max(most, s.logits[s.legal[k]])
@@ -114,34 +121,40 @@ def _loss(s, d, count, value, action, log_prob, advantage, target, share, rates,
     for k in range(count):
         s.odds[k] /= total
         entropy -= s.odds[k] * (s.logits[s.legal[k]] - shift)
-    log_ratio = s.logits[action] - shift - log_prob
+    return entropy, shift
+
+
+@inlined
+def _by_log_prob(log_ratio, advantage, clip, sums):
+    """The derivative of PPO's loss by the answer's log-probability; adds up what is said of the policy."""
     ratio = math.exp(log_ratio)
     clipped = min(max(ratio, 1.0 - clip), 1.0 + clip)
-    gain = min(ratio * advantage, clipped * advantage)
-    by_log_prob = -ratio * advantage if ratio * advantage <= clipped * advantage else 0.0
-    for k in range(count):
-        c, p = s.legal[k], s.odds[k]
-        slope = (c == action) * by_log_prob - by_log_prob * p
-        slope += entropy_coef * p * (s.logits[c] - shift + entropy)
-        d.logits[c] = share * slope
-    error = value - target
-    sums[0] -= gain
-    sums[1] += error * error
-    sums[2] += entropy
+    gain, bound = ratio * advantage, clipped * advantage
+    sums[0] -= min(gain, bound)
     sums[3] += ratio - 1.0 - log_ratio  # http://joschu.net/blog/kl-approx.html
     sums[4] += abs(ratio - 1.0) > clip
-    return np.float32(share * 2.0 * value_coef * error)
+    return -gain if gain <= bound else 0.0
 
 
 @kernel
 def _learn(
-    net, turned, s, d, grad, frame, actions, log_probs, advantages, targets, numbers, weight, rates, sums
-):
+    net, turned, s, d, grad, frame, actions, log_probs, advantages, targets, numbers, weight, rates, imitate,
+    sums,
+):  # fmt: skip
     """Add the gradient of the mean loss on the decisions `numbers`, times weight; sum up the statistics."""
-    share = weight / len(numbers)
+    share, clip, value_coef, entropy_coef = weight / len(numbers), rates[0], rates[1], rates[2]
     for n in numbers:
         count, value = inlane.forward(net, s, frame, n)
-        slope = _loss(
-            s, d, count, value, actions[n], log_probs[n], advantages[n], targets[n], share, rates, sums
-        )
-        backward.backward(net, turned, s, d, grad, frame, n, slope)
+        entropy, shift = _entropy(s, count)
+        by_log_prob, by_entropy = -1.0, 0.0
+        if not imitate:
+            log_ratio = s.logits[actions[n]] - shift - log_probs[n]
+            by_log_prob, by_entropy = _by_log_prob(log_ratio, advantages[n], clip, sums), -entropy_coef
+        for k in range(count):
+            c, p = s.legal[k], s.odds[k]
+            slope = by_log_prob * ((c == actions[n]) - p) - by_entropy * p * (s.logits[c] - shift + entropy)
+            d.logits[c] = share * slope
+        error = value - targets[n]
+        sums[1] += error * error
+        sums[2] += entropy
+        backward.backward(net, turned, s, d, grad, frame, n, np.float32(share * 2.0 * value_coef * error))

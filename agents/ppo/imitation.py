@@ -8,6 +8,7 @@ network learns from states that it leads to. The value head learns the returns o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -61,7 +62,7 @@ def imitate(model: PPO, teacher: Policy, updates: int) -> list[float]:
             model.estimate()
             for _ in range(model.config.n_epochs):
                 for numbers in model.buffer.minibatches(model.config.batch_size, model.generator):
-                    model.take_step(numbers, lambda rows, weight: _gradient(model, rows, weight))
+                    model.improve(numbers, partial(_gradient, model), imitate=True)
             model.logger.record("imitation/agreement", agreements[-1])
             model.logger.dump(step=update)
     model.forget_lanes()

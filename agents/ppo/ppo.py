@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -270,7 +271,8 @@ class PPO(OnPolicyAlgorithm):
         epochs, kl = 0, 0.0
         while epochs < self.config.n_epochs and not 0.0 < self.config.target_kl < kl:
             minibatches = self.buffer.minibatches(self.config.batch_size, self.generator)
-            statistics = torch.stack([self._improve(numbers) for numbers in minibatches]).mean(0).tolist()
+            steps = [self.improve(numbers, self._gradient) for numbers in minibatches]
+            statistics = torch.stack(steps).mean(0).tolist()
             kl = statistics[STATISTICS.index("approx_kl")]
             epochs += 1
         self._n_updates += epochs
@@ -322,12 +324,21 @@ class PPO(OnPolicyAlgorithm):
             head.weight *= std / self.normalizer.std
             head.bias.copy_((head.bias * std + mean - self.normalizer.mean) / self.normalizer.std)
 
-    def _improve(self, numbers: Tensor) -> Tensor:
-        """One step on a minibatch of the roll-out; its `STATISTICS`."""
+    def improve(self, numbers: Tensor, gradient: Gradient, imitate: bool = False) -> Tensor:
+        """One step on a minibatch of the roll-out, on a CPU with the kernel's gradient.
+
+        Args:
+            numbers: of decisions in the buffer.
+            gradient: the same in torch, for other devices.
+            imitate: what `KernelGradient` calls so.
+
+        Returns:
+            the gradient's statistics.
+        """
         if self.device.type != "cpu":
-            return self.take_step(numbers, self._gradient)
+            return self.take_step(numbers, gradient)
         self.kernel.load(self.network.state_dict())
-        return self.take_step(numbers, self._kernel_gradient)
+        return self.take_step(numbers, partial(self._kernel_gradient, imitate=imitate))
 
     def take_step(self, numbers: Tensor, gradient: Gradient) -> Tensor:
         """One step of Adam on a minibatch, its gradient computed in as many parts as there are threads.
@@ -348,9 +359,11 @@ class PPO(OnPolicyAlgorithm):
         self.optimizer.step()
         return torch.stack([statistics for _, statistics in parts]).sum(0)
 
-    def _kernel_gradient(self, numbers: Tensor, weight: float) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _kernel_gradient(
+        self, numbers: Tensor, weight: float, imitate: bool = False
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """As `_gradient`, but computed inside a kernel."""
-        gradient, statistics = self.kernel(numbers, weight)
+        gradient, statistics = self.kernel(numbers, weight, imitate)
         names = (name for name, _ in self.network.named_parameters())
         return tuple(torch.from_numpy(gradient[name]) for name in names), statistics
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from servegym.agents.ppo import imitation
 from servegym.agents.ppo.config import PPOConfig
 from servegym.agents.ppo.gradient import STATISTICS
 from servegym.agents.ppo.ppo import PPO
@@ -20,14 +21,27 @@ def model(make_env):
     return model
 
 
+def assert_close(model, got, want):
+    largest = max(slope.abs().max().item() for slope in want)
+    for (name, _), a, b in zip(model.network.named_parameters(), got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * largest, err_msg=name)
+
+
 def test_gradient_and_statistics_are_torchs(model):
     numbers = torch.randperm(model.buffer.advantages.size)[:100]
     want, want_statistics = model._gradient(numbers, 0.3)
     model.kernel.load(model.network.state_dict())
     for _ in range(2):  # the second finds the memory that the first left
         got, statistics = model._kernel_gradient(numbers, 0.3)
-        largest = max(slope.abs().max().item() for slope in want)
-        for (name, _), a, b in zip(model.network.named_parameters(), got, want, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * largest, err_msg=name)
+        assert_close(model, got, want)
         np.testing.assert_allclose(statistics, want_statistics, rtol=1e-3, atol=1e-5)
     assert statistics[STATISTICS.index("clipfrac")] > 0, "some ratios are clipped"
+
+
+def test_imitation_is_torchs(model):
+    numbers = torch.randperm(model.buffer.advantages.size)[:100]
+    want, (_, value_loss) = imitation._gradient(model, numbers, 0.3)
+    model.kernel.load(model.network.state_dict())
+    got, statistics = model._kernel_gradient(numbers, 0.3, imitate=True)
+    assert_close(model, got, want)
+    np.testing.assert_allclose(statistics[STATISTICS.index("value_loss")], value_loss, rtol=1e-4)
