@@ -2,8 +2,8 @@
 
 Only what a question has is read: legal candidates, the requests that they join, real instances. Who joins
 whom says where each number goes and what the shares are; it comes back from question to question and is
-remembered, as is the memory for each shape. What is left of a question is to copy its numbers, to scale them
-both ways, to take from there what the graph reads, and the run.
+remembered, as is the memory for each shape. What is left of a question is to copy its numbers, to take the
+logarithms of what the network sees so, to pick what the graph reads, and the run.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class _Feed:
         requests: int,
     ) -> None:
         self._rows, self._requests = rows, requests
-        # All numbers of an observation, then log1p of all, 0 and 1.
+        # All numbers of an observation, then their logarithms, 0 and 1.
         size = sum(obs[name].size for name in TABLES)
         self._numbers = np.zeros(2 * size + 2, np.float32)
         self._numbers[-1] = 1.0
@@ -175,22 +175,24 @@ class _Feed:
         asked[:, _KIND + kind] = one
         return index
 
-    @np.errstate(invalid="ignore", divide="ignore")  # logarithms of numbers that are not seen by theirs
     def run(self, obs: Observation, joins: _Joins) -> None:
         """Score the candidates of a question."""
         if joins is not self._joins:
             self.shares[:], self._joins = joins.shares, joins
         for name, table in self._tables:
             table[...] = obs[name]
-        np.multiply(self._raw, self._factor, self._raw)
-        np.log1p(self._raw, self._logs)
+        np.multiply(self._raw, self._factor, self._logs)
+        np.log1p(self._logs, self._logs)
         self._numbers.take(joins.index, out=self._taken, mode="clip")  # "raise", the default, is slower
         self._session.run_with_iobinding(self._binding)
 
 
 def _factor(name: str, instances: int) -> np.ndarray:
-    """What a table is multiplied by in a cluster of so many instances, as `features.scale_context` has it."""
-    factor = 1.0 / SCALE[name].astype(np.float64)
+    """What a table's logarithms are of, by its numbers, as `features.scale_context` has it.
+
+    Numbers without a logarithm have 0: their scale is 1, so that the graph reads them as they are.
+    """
+    factor = IS_LOG[name] / SCALE[name].astype(np.float64)
     if name == "globals":
         factor[IS_TOTAL] /= instances
         factor[COUNT] = SCALE[name][COUNT] / instances**2  # the number itself becomes scale / number
