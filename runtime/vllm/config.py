@@ -24,6 +24,8 @@ class SchedulerConfig:
         budget_us: time for a decision, microseconds; beyond it vLLM's own victim goes.
         order: of waiting requests within a priority: `arrival`, as vLLM has it, or `shortest`, the least
             predicted output first.
+        prefill_period_s: seconds between two questions for the prefill cap, the most prompt tokens of an
+            iteration, to a policy that answers `budget`; 0: never.
         report: file that gets counts and decision times as JSON when the engine shuts down, and every minute.
     """
 
@@ -31,6 +33,7 @@ class SchedulerConfig:
     profile: str
     budget_us: float = 500.0
     order: str = "arrival"
+    prefill_period_s: float = 0.5
     report: str | None = None
 
 
@@ -50,11 +53,18 @@ def read_config(additional: Any) -> SchedulerConfig:
     for name in ("policy", "profile"):
         if not isinstance(raw.get(name), str) or not raw[name]:
             raise InputError(WHERE, name, raw.get(name), "give a name or a path")
-    budget, order, report = raw.get("budget_us", 500.0), raw.get("order", "arrival"), raw.get("report")
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < 1e6:
+    budget, period = raw.get("budget_us", 500.0), raw.get("prefill_period_s", 0.5)
+    order, report = raw.get("order", "arrival"), raw.get("report")
+    if not _is_number(budget) or not 0 < budget < 1e6:
         raise InputError(WHERE, "budget_us", budget, "give microseconds between 0 and a million")
+    if not _is_number(period) or not 0 <= period < 1e6:
+        raise InputError(WHERE, "prefill_period_s", period, "give seconds, or 0 for never")
     if order not in ORDERS:
         raise InputError(WHERE, "order", order, f"choose {' or '.join(ORDERS)}")
     if report is not None and not (isinstance(report, str) and Path(report).absolute().parent.is_dir()):
         raise InputError(WHERE, "report", report, "give a file in a folder that exists")
-    return SchedulerConfig(raw["policy"], raw["profile"], float(budget), order, report)
+    return SchedulerConfig(raw["policy"], raw["profile"], float(budget), order, float(period), report)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -82,13 +82,20 @@ class EngineView:
         instance.seen_running, instance.seen_waiting = running, waiting
         instance.seen_preemptions, self._preempted = self._preempted, 0
 
-    def look(self, running: Iterable[Any], free_blocks: int, blocks: Mapping[str, Any]) -> ClusterView:
+    def look(
+        self,
+        running: Iterable[Any],
+        free_blocks: int,
+        blocks: Mapping[str, Any],
+        waiting: Iterable[Any] = (),
+    ) -> ClusterView:
         """The view of this moment.
 
         Args:
             running: vLLM's requests in the order of their admission.
             free_blocks: KV blocks that nobody holds.
             blocks: request id -> its KV blocks in order, with the count of those who hold each.
+            waiting: its requests that wait, in order; only questions for the prefill cap see them.
         """
         instance, rows = self._instance, self._requests
         self.view.now_s = self.now()
@@ -105,10 +112,9 @@ class EngineView:
             row.decoding = not request.is_prefill_chunk
             row.kv_tokens = request.num_computed_tokens
             held = blocks.get(key)
-            # Most share nothing, which the first block tells.
-            is_shared = held and held[0].ref_cnt > 1
-            row.shared_blocks = sum(1 for _ in takewhile(lambda block: block.ref_cnt > 1, held)) if is_shared else 0
+            row.shared_blocks = _shared(held) if held and held[0].ref_cnt > 1 else 0  # most share nothing
             instance.running.append(row)
+        instance.waiting = [rows[r.request_id] for r in waiting if r.request_id in rows]
         return self.view
 
     def now(self) -> float:
@@ -119,3 +125,8 @@ class EngineView:
         new = request.num_output_tokens - row.streamed_tokens
         if new > 0 and row.instance >= 0:
             self.view.streamed(row, new)
+
+
+def _shared(held: Iterable[Any]) -> int:
+    """Leading blocks that others hold, too."""
+    return sum(1 for _ in takewhile(lambda block: block.ref_cnt > 1, held))

@@ -32,9 +32,9 @@ from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 from servegym.runtime.decider import Decider
 from servegym.runtime.engine.config import load_config
-from servegym.runtime.prompts import previous_turns, token_ids
 from servegym.runtime.fleet import InstanceSettings
 from servegym.runtime.gateway.readings import Reading, parse_metrics
+from servegym.runtime.prompts import previous_turns, token_ids
 from servegym.runtime.questions import Dispatch, ask_dispatch
 from servegym.runtime.view import ClusterView, InstanceView, RequestView
 from servegym.runtime.vllm.launch import NAME, Engine, EngineSettings, launch

@@ -1,4 +1,4 @@
-"""A policy inside vLLM: which running request gives way when KV memory is short, and who is admitted first.
+"""A policy inside vLLM: who gives way when KV memory is short, and how many prompt tokens an iteration has.
 
     vllm serve MODEL --scheduling-policy priority
         --scheduler-cls servegym.runtime.vllm.scheduler.ServeGymScheduler
@@ -7,8 +7,9 @@
 Under the priority policy vLLM evicts the running request of the largest (priority, arrival) whenever the
 next token of a running request finds no block. At that moment, and only then, the policy is asked; the
 request that it names gets the largest priority until it is evicted, and its own back before it is queued
-again. Everything else is vLLM's. Where the policy does not answer in time, or not at all, vLLM's own victim
-goes.
+again. A policy that answers `budget`, too, sets the most prompt tokens of an iteration (`prefill_cap`).
+Everything else is vLLM's. Where the policy does not answer in time, or not at all, vLLM's own victim goes,
+and the cap stays.
 
 `servegym.runtime.vllm.seams` lists what this relies on inside vLLM.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,11 @@ from servegym.errors import InputError
 from servegym.runtime.decider import Decider
 from servegym.runtime.fleet import InstanceSettings
 from servegym.runtime.questions import Preempt, ask_preempt
+from servegym.runtime.view import ClusterView
 from servegym.runtime.vllm.config import SchedulerConfig, read_config
 from servegym.runtime.vllm.engine_view import EngineView
 from servegym.runtime.vllm.order import ShortestFirst
+from servegym.runtime.vllm.prefill_cap import PrefillCap
 from servegym.runtime.vllm.seams import moved
 
 logger = init_logger("vllm.servegym")
@@ -45,7 +49,9 @@ REMEMBERED = 4096  # decision times and victims
 
 
 class ServeGymScheduler(AsyncScheduler):
-    """vLLM's scheduler with victims chosen by a policy.
+    """vLLM's scheduler with victims, and the tokens of prompts, chosen by a policy.
+
+    No kind of question that policies are trained on orders a waiting queue: a rule of the configuration does.
 
     Attributes:
         victims: (request id, vLLM's own choice) of the latest decisions that led to an eviction.
@@ -66,6 +72,9 @@ class ServeGymScheduler(AsyncScheduler):
         kinds = self._decider.policy.kinds
         if "preempt" not in kinds:
             raise InputError(self._config.policy, "kinds", kinds, "choose a policy that answers preempt")
+        self._cap = PrefillCap(
+            self._engine, self._decider, self.max_num_scheduled_tokens, self._cap_period_s()
+        )
         self.victims: deque[tuple[str, str]] = deque(maxlen=REMEMBERED)
         self.decision_s: deque[float] = deque(maxlen=REMEMBERED)
         self._counts = {"decisions": 0, "late": 0, "followed": 0, "preemptions": 0}
@@ -94,15 +103,23 @@ class ServeGymScheduler(AsyncScheduler):
             async_scheduling=True,
         )
 
+    def _cap_period_s(self) -> float:
+        """Seconds between questions for the cap; 0, never, where vLLM may not cut what it schedules."""
+        config = self.scheduler_config
+        is_cut = config.enable_chunked_prefill and not config.disable_chunked_mm_input
+        return self._config.prefill_period_s if is_cut and not self.num_spec_tokens else 0.0
+
     def _blocks(self) -> int:
         return self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is never given out
 
     # --- vLLM's seams -------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """As vLLM, with the victims that the policy chooses."""
+        """As vLLM, with the victims and within the tokens that the policy chooses."""
         running, waiting = self.get_request_counts()
         self._engine.scrape(running, waiting, self.kv_cache_manager.usage)
+        self._cap.renew(lambda: self._look(self.waiting))
+        self.max_num_scheduled_tokens = self._cap.tokens(self.running)
         try:
             return super().schedule(throttle_prefills)
         finally:
@@ -122,12 +139,7 @@ class ServeGymScheduler(AsyncScheduler):
     def _choose(self) -> None:
         """Ask the policy for a victim and mark it."""
         start = time.perf_counter()
-        view = self._engine.look(
-            self.running,
-            self.kv_cache_manager.block_pool.get_num_free_blocks(),
-            self.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks,
-        )
-        action = self._decider.decide(ask_preempt(view, 0))
+        action = self._decider.decide(ask_preempt(self._look(), 0))
         took = time.perf_counter() - start
         self.decision_s.append(took)
         self._counts["decisions"] += 1
@@ -137,6 +149,11 @@ class ServeGymScheduler(AsyncScheduler):
         if victim is not None and victim.status == RequestStatus.RUNNING:
             self._marked = victim, victim.priority
             victim.priority = LAST
+
+    def _look(self, waiting: Iterable[Request] = ()) -> ClusterView:
+        manager = self.kv_cache_manager
+        free, held = manager.block_pool.get_num_free_blocks(), manager.coordinator.single_type_managers[0]
+        return self._engine.look(self.running, free, held.req_to_blocks, waiting)
 
     def _unmark(self) -> None:
         if self._marked is not None:
@@ -176,6 +193,7 @@ class ServeGymScheduler(AsyncScheduler):
         p50, p99 = np.percentile(self.decision_s, [50, 99]) * 1e6 if self.decision_s else (None, None)
         return {
             **self._counts,
+            "caps": self._cap.asked,
             "answers": dict(self._decider.counts),
             "decision_us": {"p50": p50, "p99": p99},
         }

@@ -28,6 +28,8 @@ STATEMENTS = {
         "new_blocks = self.kv_cache_manager.allocate_slots(request, num_new_tokens,",
         "self._preempt_request(preempted_req, scheduled_timestamp,",
         "request_queue = self.waiting",
+        "token_budget = self.max_num_scheduled_tokens",
+        "while req_index < len(self.running) and token_budget > 0:",
     ),
     "scheduler._preempt_request": ("self.waiting.prepend_request(request)",),
     "scheduler.__init__": (
@@ -40,7 +42,7 @@ STATEMENTS = {
 FIELDS = {
     "scheduler": (
         "vllm_config", "scheduler_config", "max_num_running_reqs", "max_num_scheduled_tokens", "running",
-        "waiting", "requests", "policy", "kv_cache_manager", "block_size",
+        "waiting", "requests", "policy", "kv_cache_manager", "block_size", "num_spec_tokens",
     ),
     "manager": ("block_pool", "coordinator"),
     "request": (

@@ -16,22 +16,29 @@ from typing import Any, ClassVar
 from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from servegym.agents.heuristics.budget_fixed import BudgetFixed
+from servegym.agents.heuristics.composite import Composite
+from servegym.agents.heuristics.victim_largest import VictimLargest
 from servegym.runtime.vllm.order import ShortestFirst
 from servegym.runtime.vllm.scheduler import ServeGymScheduler
 
 REQUESTS, SOME, OUTPUT, BLOCKS = 108, 30, 40, 13
+BUDGET, LEAST_CAP = 1024, 64
 
 
 class Recorder(ServeGymScheduler):
     """Notes what was asked for and who gave way."""
 
     log: ClassVar[list[dict[str, Any]]] = []
+    steps: ClassVar[list[tuple[int, int]]] = []  # tokens of prompts in an iteration, and the cap
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         decide = self._decider.decide
 
         def noting(question: Any) -> Any:
+            if question.kind != "preempt":
+                return decide(question)
             answered = self._decider.counts["answered"]
             action = decide(question)
             fell_back = self._decider.counts["answered"] == answered
@@ -41,6 +48,12 @@ class Recorder(ServeGymScheduler):
             return action
 
         self._decider.decide = noting  # type: ignore[method-assign]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)
+        prompts = sum(tokens for tokens in output.num_scheduled_tokens.values() if tokens > 1)
+        self.steps.append((prompts, self._engine.view.instances[0].prefill_cap))
+        return output
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         self.log.append({"gone": request.request_id, "priority": request.priority})
@@ -68,8 +81,10 @@ SAMPLING = [
 
 
 def play(model: str, profile: str, policies: list[str]) -> dict[str, Any]:
-    config = {"servegym": {"policy": policies[0], "profile": profile, "budget_us": 1e5}}
-    llm = start(model, Recorder, additional_config=config)
+    config = {
+        "servegym": {"policy": policies[0], "profile": profile, "budget_us": 1e5, "prefill_period_s": 0.01}
+    }
+    llm = start(model, Recorder, additional_config=config, max_num_batched_tokens=BUDGET)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     groups = [answers(llm, slice(k, k + 6)) for k in range(0, REQUESTS, 6)]
     found: dict[str, Any] = {"quiet": [t for group in groups for t in group], "runs": {}}
@@ -81,6 +96,10 @@ def play(model: str, profile: str, policies: list[str]) -> dict[str, Any]:
         found["runs"][policy] = {"tokens": tokens, "log": list(Recorder.log), "numbers": scheduler.numbers()}
     scheduler.waiting = ShortestFirst(scheduler._engine.left_tokens)
     found["shortest"] = answers(llm, slice(0, SOME))
+    scheduler._decider.reload(Composite("capped", preempt=VictimLargest(), budget=BudgetFixed(LEAST_CAP)))
+    Recorder.steps.clear()
+    tokens = answers(llm, slice(0, SOME))
+    found["capped"] = {"tokens": tokens, "steps": Recorder.steps, "asked": scheduler.numbers()["caps"]}
     return found
 
 

@@ -12,8 +12,16 @@ GOOD = {"policy": "victim_largest", "profile": "a100-llama-3.1-8b"}
 
 def test_what_is_left_out_has_a_default(tmp_path):
     assert read_config({"servegym": GOOD, "other": 1}) == SchedulerConfig(**GOOD)
-    full = {**GOOD, "budget_us": 90, "order": "shortest", "report": str(tmp_path / "report.json")}
-    assert read_config({"servegym": full}) == SchedulerConfig(**{**full, "budget_us": 90.0})
+    full = {
+        **GOOD,
+        "budget_us": 90,
+        "order": "shortest",
+        "prefill_period_s": 0,
+        "report": str(tmp_path / "report.json"),
+    }
+    assert read_config({"servegym": full}) == SchedulerConfig(
+        **{**full, "budget_us": 90.0, "prefill_period_s": 0.0}
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,6 +38,8 @@ def test_what_is_left_out_has_a_default(tmp_path):
         ({"servegym": {**GOOD, "budget_us": 0}}, "budget_us"),
         ({"servegym": {**GOOD, "budget_us": True}}, "budget_us"),
         ({"servegym": {**GOOD, "budget_us": float("nan")}}, "budget_us"),
+        ({"servegym": {**GOOD, "prefill_period_s": -1}}, "prefill_period_s"),
+        ({"servegym": {**GOOD, "prefill_period_s": "0.5"}}, "prefill_period_s"),
         ({"servegym": {**GOOD, "report": "/nowhere/report.json"}}, "report"),
     ],
 )

@@ -118,3 +118,14 @@ def test_the_bundle_has_an_opinion_of_its_own(played):
     asked = [event for event in played["runs"]["bundle"]["log"] if "asked" in event]
     assert sum(event["asked"] != event["own"] for event in asked) > len(asked) / 4
     assert any(event["held"][event["asked"]] != max(event["held"].values()) for event in asked)
+
+
+def test_the_cap_cuts_prompts_and_leaves_the_tokens(played):
+    capped = played["capped"]
+    assert capped["tokens"] == played["quiet"][: len(capped["tokens"])]
+    assert capped["asked"] > 0
+    before = [prompts for prompts, cap in capped["steps"] if cap == 1024]
+    after = [prompts for prompts, cap in capped["steps"] if cap == 64]
+    assert len(before) + len(after) == len(capped["steps"])
+    assert max(before) > 64
+    assert max(after) == 64
