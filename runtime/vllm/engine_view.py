@@ -82,20 +82,13 @@ class EngineView:
         instance.seen_running, instance.seen_waiting = running, waiting
         instance.seen_preemptions, self._preempted = self._preempted, 0
 
-    def look(
-        self,
-        running: Iterable[Any],
-        free_blocks: int,
-        blocks: Mapping[str, Any],
-        waiting: Iterable[Any] = (),
-    ) -> ClusterView:
+    def look(self, running: Iterable[Any], free_blocks: int, blocks: Mapping[str, Any]) -> ClusterView:
         """The view of this moment.
 
         Args:
             running: vLLM's requests in the order of their admission.
             free_blocks: KV blocks that nobody holds.
             blocks: request id -> its KV blocks in order, with the count of those who hold each.
-            waiting: its requests that wait, in order; only questions for the prefill cap see them.
         """
         instance, rows = self._instance, self._requests
         self.view.now_s = self.now()
@@ -114,8 +107,17 @@ class EngineView:
             held = blocks.get(key)
             row.shared_blocks = _shared(held) if held and held[0].ref_cnt > 1 else 0  # most share nothing
             instance.running.append(row)
-        instance.waiting = [rows[r.request_id] for r in waiting if r.request_id in rows]
         return self.view
+
+    def look_at_waiting(self, head: Any | None) -> None:
+        """Add those who wait, behind `look`; only questions for the prefill cap see them.
+
+        Args:
+            head: who is next; the others come by arrival, since to sort a long queue takes long.
+        """
+        first = None if head is None else self._requests.get(head.request_id)
+        others = [row for row in self._requests.values() if not row.running and row is not first]
+        self._instance.waiting = others if first is None else [first, *others]
 
     def now(self) -> float:
         """Seconds on the view's clock."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,10 @@ class ServeGymScheduler(AsyncScheduler):
     Attributes:
         victims: (request id, vLLM's own choice) of the latest decisions that led to an eviction.
         decision_s: seconds of the latest decisions, observation included.
+        max_num_scheduled_tokens: vLLM's, of the next iteration.
     """
+
+    max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         changes = moved()
@@ -118,7 +120,7 @@ class ServeGymScheduler(AsyncScheduler):
         """As vLLM, with the victims and within the tokens that the policy chooses."""
         running, waiting = self.get_request_counts()
         self._engine.scrape(running, waiting, self.kv_cache_manager.usage)
-        self._cap.renew(lambda: self._look(self.waiting))
+        self._cap.renew(self._look_at_all)
         self.max_num_scheduled_tokens = self._cap.tokens(self.running)
         try:
             return super().schedule(throttle_prefills)
@@ -150,10 +152,15 @@ class ServeGymScheduler(AsyncScheduler):
             self._marked = victim, victim.priority
             victim.priority = LAST
 
-    def _look(self, waiting: Iterable[Request] = ()) -> ClusterView:
+    def _look(self) -> ClusterView:
         manager = self.kv_cache_manager
         free, held = manager.block_pool.get_num_free_blocks(), manager.coordinator.single_type_managers[0]
-        return self._engine.look(self.running, free, held.req_to_blocks, waiting)
+        return self._engine.look(self.running, free, held.req_to_blocks)
+
+    def _look_at_all(self) -> ClusterView:
+        view = self._look()
+        self._engine.look_at_waiting(self.waiting.peek_request() if self.waiting else None)
+        return view
 
     def _unmark(self) -> None:
         if self._marked is not None:

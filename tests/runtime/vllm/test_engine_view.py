@@ -68,6 +68,26 @@ def test_who_gave_way_is_admitted_anew_and_who_ended_is_forgotten():
     assert instance.prompt_tokens == instance.streamed_tokens == instance.predicted_tokens == 0
 
 
+def test_who_is_next_waits_before_the_others():
+    view = engine()
+    a, b, c, d = some = [request(name) for name in "abcd"]
+    for one in some:
+        view.arrived(one)
+    view.look([a, b], 0, {})
+    view.look_at_waiting(d)
+    waiting = view.view.instances[0].waiting
+    assert [row.key for row in waiting] == ["d", "c"]
+    b.num_output_tokens = 3
+    view.preempted(b)
+    view.look([a, c], 0, {})
+    view.look_at_waiting(b)
+    waiting = view.view.instances[0].waiting
+    assert [(row.key, row.streamed_tokens) for row in waiting] == [("b", 3), ("d", 0)]
+    view.look([a, b, c, d], 0, {})
+    view.look_at_waiting(None)
+    assert view.view.instances[0].waiting == []
+
+
 def test_what_clients_say_and_what_answers_teach():
     view = engine()
     hinted = request("h", sampling_params=SimpleNamespace(extra_args={"predicted_tokens": 30, "weight": 2}))

@@ -43,7 +43,9 @@ class Scheduler:
         return request
 
     def look(self) -> ClusterView:
-        return self.engine.look(self.running, 4096, {}, self.waiting)
+        view = self.engine.look(self.running, 4096, {})
+        self.engine.look_at_waiting(self.waiting[0] if self.waiting else None)
+        return view
 
     def step(self) -> dict[str, int]:
         """One iteration; returns the tokens of each request."""
