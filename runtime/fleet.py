@@ -23,6 +23,7 @@ from servegym.envs.costs.tables import CostTables, cost_tables, glance
 from servegym.errors import InputError
 
 SECOND = 1.0 / PS
+_APART = 1 << 40  # more tokens of context than there are
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +120,16 @@ class Fleet:
         self.host_blocks = np.array([s.setting.host_blocks for s in settings])
         self.room = np.array([s.room_tokens for s in settings])
         self.nodes = self._nodes(settings)
-        # One flat table of decode steps; each instance's profile starts at its base.
+        # Flat tables of all profiles. The knots of each lie `_APART` behind those of the one before, so that
+        # one search finds the segments of all instances.
         look = glance(tables)
+        profile = np.array(self.profile)
         self._look = look.reshape(-1, 2)
-        self._knot = tables.decode_knot[self.profile]
-        self._base = np.array(self.profile) * (look.shape[1] * look.shape[2])
+        self._knot = tables.decode_knot.ravel()
+        self._knots = look.shape[2]
+        self._searched = self._knot + np.repeat(np.arange(len(profiles)) * _APART, self._knots)
+        self._offset = profile * _APART
+        self._base = profile * (look.shape[1] * self._knots - self._knots)
 
     def _nodes(self, settings: Sequence[InstanceSettings]) -> np.ndarray:
         known: dict[str, Any] = {
@@ -144,23 +150,32 @@ class Fleet:
         Args:
             n, context: int64 [..., I], requests (at most max_seqs) and their tokens of KV in all.
         """
-        knots = self._knot.shape[1]
         # Knots rise from 0, so the last one reached is the segment of the mean context.
-        j = (n[..., None] * self._knot <= context[..., None]).sum(-1) - 1
-        look = self._look[self._base + n * knots + j]
-        beyond = context - n * self._knot[np.arange(len(self._base)), j]
+        j = self._searched.searchsorted(context // np.maximum(n, 1) + self._offset, "right") - 1
+        look = self._look.take(self._base + n * self._knots + j, axis=0)
+        beyond = context - n * self._knot.take(j)
         return np.where(n > 0, look[..., 0] + look[..., 1] * beyond, 0.0)
 
     def step_of(self, i: int, n: int, context: int) -> float:
         """As `step_s`, on instance i alone."""
         if n == 0:
             return 0.0
-        knots = self._knot[i].tolist()
-        j = bisect_right(knots, context / n) - 1
-        while n * knots[j] > context:  # the division may have rounded up
-            j -= 1
-        fixed, more = self._look[self._base[i] + n * len(knots) + j].tolist()
-        return fixed + more * (context - n * knots[j])
+        j = bisect_right(self._searched, context // n + self._offset[i]) - 1
+        fixed, more = self._look[self._base[i] + n * self._knots + j].tolist()
+        return fixed + more * int(context - n * self._knot[j])
+
+    def prefills_s(self, tokens: int, cached: list[int], budget: list[int]) -> list[float]:
+        """As `prefill_s`, of one prompt on all instances.
+
+        Args:
+            tokens: of the prompt; cached: how many of them each instance has; budget: each instance's.
+        """
+        keys = list(zip(self.profile, cached, budget, strict=True))  # replicas of one kind often share them
+        known = {
+            (p, past, cap): self._costs[p].prompt_ps(tokens - past, past, cap) * SECOND
+            for p, past, cap in set(keys)
+        }
+        return [known[key] for key in keys]
 
     def prefill_s(self, i: int, uncached: int, past: int, budget: int) -> float:
         """Seconds of instance i's iterations of up to `budget` tokens that compute a prompt alone.
@@ -185,18 +200,22 @@ class _Costs:
         self._head: list[int] = tables.head[p].tolist()
         self._chunks: list[int] = tables.chunk_knot[p].tolist()
         self._pasts: list[int] = tables.past_knot[p].tolist()
-        self._prefill: list[list[int]] = tables.prefill[p].tolist()
+        table, chunk, past = tables.prefill[p], tables.chunk_knot[p], tables.past_knot[p]
+        corner, rise = table[:, :-1], np.diff(table, axis=1)
+        fields = (
+            corner[:-1], rise[:-1], corner[1:], rise[1:],
+            past[:-1], np.diff(past), chunk[:-1, None], np.diff(chunk)[:, None],
+        )  # fmt: skip
+        self._cells: list[list[list[int]]] = np.stack(np.broadcast_arrays(*fields), -1).tolist()
 
     def prefill_ps(self, chunk: int, past: int) -> int:
         """Attention of one chunk over itself and `past` tokens, as `ReferenceCosts.prefill_ps`."""
-        chunks, pasts = self._chunks, self._pasts
-        a = min(bisect_right(chunks, chunk) - 1, len(chunks) - 2)
-        b = min(bisect_right(pasts, past) - 1, len(pasts) - 2)
-        step, width = past - pasts[b], pasts[b + 1] - pasts[b]
-        low_row, high_row = self._prefill[a], self._prefill[a + 1]
-        low = low_row[b] + (low_row[b + 1] - low_row[b]) * step // width
-        high = high_row[b] + (high_row[b + 1] - high_row[b]) * step // width
-        return low + (high - low) * (chunk - chunks[a]) // (chunks[a + 1] - chunks[a])
+        a = bisect_right(self._chunks, chunk, 0, len(self._cells)) - 1
+        b = bisect_right(self._pasts, past, 0, len(self._cells[a])) - 1
+        low, low_rise, high, high_rise, past_0, width, chunk_0, tokens = self._cells[a][b]
+        step = past - past_0
+        low += low_rise * step // width
+        return low + (high + high_rise * step // width - low) * (chunk - chunk_0) // tokens
 
     def prompt_ps(self, uncached: int, past: int, budget: int) -> int:
         """All iterations of a prompt; full chunks cost as many at their mean past."""

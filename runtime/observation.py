@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -113,27 +114,27 @@ class Books(NamedTuple):
 def observe_instances(view: ClusterView) -> tuple[np.ndarray, Books]:
     """Features of all instances but `decode_step_s`, and the books behind them."""
     now, fleet = view.now_s, view.fleet
-    changing = np.array(
-        [
-            (
-                x.seen_running,
-                x.seen_waiting,
-                x.seen_kv_usage,
-                x.seen_preemptions,
-                now - x.scraped_at_s,
-                len(x.inflight),
-                x.prefill_tokens,
-                x.prompt_tokens + x.streamed_tokens,
-                max(0, x.predicted_tokens - x.streamed_tokens),
-                x.available,
-                x.prefill_cap,
-                x.urgent,
-                (h - x.host_free_blocks) / h if (h := x.settings.setting.host_blocks) else 0.0,
-                x.engaged,
-            )
-            for x in view.instances
-        ]
-    )
+    rows = [
+        (
+            x.seen_running,
+            x.seen_waiting,
+            x.seen_kv_usage,
+            x.seen_preemptions,
+            now - x.scraped_at_s,
+            len(x.inflight),
+            x.prefill_tokens,
+            x.prompt_tokens + x.streamed_tokens,
+            max(0, x.predicted_tokens - x.streamed_tokens),
+            x.available,
+            x.prefill_cap,
+            x.urgent,
+            (h - x.host_free_blocks) / h if (h := x.settings.setting.host_blocks) else 0.0,
+            x.engaged,
+        )
+        for x in view.instances
+    ]
+    flat = chain.from_iterable(rows)  # an array of tuples takes numpy twice as long
+    changing = np.fromiter(flat, np.float64, len(rows) * len(_CHANGING)).reshape(len(rows), -1)
     nodes = fleet.nodes.copy()
     nodes[:, _CHANGING] = changing
     whole = changing[:, [_INFLIGHT, _CONTEXT, _TO_COME, _AVAILABLE]].T.astype(np.int64)

@@ -73,7 +73,8 @@ def ask_dispatch(view: ClusterView, request: RequestView, rows: int = 1) -> Ques
     edge = edges[1 : count + 1]
     edge[:, EDGE["prefix_hit_tokens"]] = hits
     edge[:, EDGE["queue_s"]] = nodes[:, NODE["inflight_prefill_tokens"]] / fleet.prefill_speed
-    edge[:, EDGE["prefill_s"]] = _prefills(view, request, hits)
+    caps = [x.prefill_cap for x in view.instances]
+    edge[:, EDGE["prefill_s"]] = fleet.prefills_s(request.prompt_tokens, hits, caps)
     edge[:, EDGE["step_after_s"]] = steps[1]
     total = books.context + books.to_come + (request.prompt_tokens + request.predicted_tokens)
     edge[:, EDGE["kv_after"]] = total / fleet.capacity
@@ -93,18 +94,6 @@ def ask_dispatch(view: ClusterView, request: RequestView, rows: int = 1) -> Ques
 
 
 _dispatch = cache(Dispatch)  # frozen, and the same for every question
-
-
-def _prefills(view: ClusterView, request: RequestView, hits: list[int]) -> list[float]:
-    """Seconds of prefill on each instance; replicas of one kind often share them."""
-    known: dict[tuple[int, int, int], float] = {}
-    out = []
-    for i, (x, p, hit) in enumerate(zip(view.instances, view.fleet.profile, hits, strict=True)):
-        key = (p, x.prefill_cap, hit)
-        if key not in known:
-            known[key] = view.fleet.prefill_s(i, request.prompt_tokens - hit, hit, x.prefill_cap)
-        out.append(known[key])
-    return out
 
 
 def _takers(view: ClusterView, request: RequestView, available: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from servegym.envs.cluster.schema import HISTORY
 from servegym.errors import InputError
@@ -155,10 +154,14 @@ class InstanceView:
 
     def cached_tokens(self, request: RequestView, most: int) -> int:
         """Leading tokens of a request whose KV is cached here, in whole prefix blocks of at most `most`."""
-        blocks = request.prefix[: most // self.prefix_tokens]
-        if not blocks or not self.settings.setting.caching:
+        if not request.prefix or not self.settings.setting.caching:
             return 0
-        return len(list(takewhile(self.cached.__contains__, blocks))) * self.prefix_tokens
+        blocks = 0
+        for block in request.prefix:
+            if block not in self.cached:
+                break
+            blocks += 1
+        return min(blocks, most // self.prefix_tokens) * self.prefix_tokens
 
     def enter(self, request: RequestView, is_urgent: bool) -> None:
         """Write a request into the book."""
