@@ -102,7 +102,7 @@ class Fleet:
     Attributes:
         nodes: float32 [I, INSTANCE], the features that never change, others 0.
         capacity: int64 [I], KV tokens; max_seqs: int64 [I]; prefill_speed: float64 [I], tokens/s.
-        room: int64 [I], tokens that each can hold when empty; host_blocks: int64 [I].
+        room: int64 [I], tokens that each can hold when empty; least_room: of these the least.
         profile: row of the cost tables of each instance.
     """
 
@@ -117,8 +117,8 @@ class Fleet:
         self.capacity = np.array([s.kv_tokens for s in settings])
         self.max_seqs = np.array([s.setting.max_seqs for s in settings])
         self.prefill_speed = np.array([s.prefill_tokens_per_s for s in settings])
-        self.host_blocks = np.array([s.setting.host_blocks for s in settings])
         self.room = np.array([s.room_tokens for s in settings])
+        self.least_room = int(self.room.min())
         self.nodes = self._nodes(settings)
         # Flat tables of all profiles. The knots of each lie `_APART` behind those of the one before, so that
         # one search finds the segments of all instances.

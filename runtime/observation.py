@@ -89,21 +89,21 @@ def _columns(features: tuple[schema.Feature, ...]) -> dict[str, int]:
 
 
 NODE, REQUEST, EDGE = map(_columns, (schema.INSTANCE, schema.REQUEST, schema.EDGE))
-# What changes of an instance, in the order in which `observe_instances` collects it.
-_CHANGING = [
-    NODE[name]
-    for name in (
-        "running", "waiting", "kv_usage", "preemptions", "scrape_age", "inflight", "inflight_prefill_tokens",
-        "inflight_context_tokens", "inflight_predicted_tokens", "available", "prefill_budget",
-        "urgent_inflight", "host_usage", "engaged",
-    )
-]  # fmt: skip
-_INFLIGHT, _CONTEXT, _TO_COME, _AVAILABLE = 5, 7, 8, 9
+# What changes of an instance, in the order in which `observe_instances` collects it; `Books` come first.
+_CHANGING = (
+    "inflight", "inflight_context_tokens", "inflight_predicted_tokens", "available", "running",
+    "waiting", "kv_usage", "preemptions", "scrape_age", "inflight_prefill_tokens", "prefill_budget",
+    "urgent_inflight", "host_usage", "engaged",
+)  # fmt: skip
+_COLUMNS = np.array([NODE[name] for name in _CHANGING])
 _KV_USAGE, DECODE_STEP = NODE["kv_usage"], NODE["decode_step_s"]
 
 
 class Books(NamedTuple):
-    """The router's books as int64 [I]: requests, context tokens and predicted tokens in flight."""
+    """The router's books as int64 [I]: requests, context tokens and predicted tokens in flight.
+
+    `available`, bool [I], says which instances take requests.
+    """
 
     inflight: np.ndarray
     context: np.ndarray
@@ -116,16 +116,16 @@ def observe_instances(view: ClusterView) -> tuple[np.ndarray, Books]:
     now, fleet = view.now_s, view.fleet
     rows = [
         (
+            len(x.inflight),
+            x.prompt_tokens + x.streamed_tokens,
+            max(0, x.predicted_tokens - x.streamed_tokens),
+            x.available,
             x.seen_running,
             x.seen_waiting,
             x.seen_kv_usage,
             x.seen_preemptions,
             now - x.scraped_at_s,
-            len(x.inflight),
             x.prefill_tokens,
-            x.prompt_tokens + x.streamed_tokens,
-            max(0, x.predicted_tokens - x.streamed_tokens),
-            x.available,
             x.prefill_cap,
             x.urgent,
             (h - x.host_free_blocks) / h if (h := x.settings.setting.host_blocks) else 0.0,
@@ -136,9 +136,9 @@ def observe_instances(view: ClusterView) -> tuple[np.ndarray, Books]:
     flat = chain.from_iterable(rows)  # an array of tuples takes numpy twice as long
     changing = np.fromiter(flat, np.float64, len(rows) * len(_CHANGING)).reshape(len(rows), -1)
     nodes = fleet.nodes.copy()
-    nodes[:, _CHANGING] = changing
-    whole = changing[:, [_INFLIGHT, _CONTEXT, _TO_COME, _AVAILABLE]].T.astype(np.int64)
-    return nodes, Books(whole[0], whole[1], whole[2], whole[3] != 0)
+    nodes[:, _COLUMNS] = changing
+    inflight, context, to_come, available = changing.T[: len(Books._fields)].astype(np.int64)
+    return nodes, Books(inflight, context, to_come, available != 0)
 
 
 def make_question(
@@ -157,18 +157,18 @@ def make_question(
     rate, tokens = view.arrivals.rates(view.now_s)
     inflight = sum(len(x.inflight) for x in view.instances)
     shared = (len(nodes), rate, tokens, since_s, inflight)
-    arrays = {
-        "instances": nodes,
-        "requests": np.array(requests, np.float32),
-        "candidates": candidates,
-        "edges": edges,
-        "globals": np.array(shared, np.float32),
-        "history": np.array(view.arrivals.history(view.now_s), np.float32),
-        "instance_mask": np.ones(len(nodes), np.int8),
-        "mask": mask,
-        "kind": np.int64(schema.KINDS.index(kind)),
+    obs = {
+        "instances": nodes[None],
+        "requests": np.array([requests], np.float32),
+        "candidates": candidates[None],
+        "edges": edges[None],
+        "globals": np.array([shared], np.float32),
+        "history": np.array([view.arrivals.history(view.now_s)], np.float32),
+        "instance_mask": np.ones((1, len(nodes)), np.int8),
+        "mask": mask[None],
+        "kind": np.array([schema.KINDS.index(kind)]),
     }
-    return Question(kind, {name: np.asarray(array)[None] for name, array in arrays.items()}, actions)
+    return Question(kind, obs, actions)
 
 
 def blank(instances: int, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -64,9 +64,7 @@ def ask_dispatch(view: ClusterView, request: RequestView, rows: int = 1) -> Ques
     nodes, books = observe_instances(view)
     fleet, count = view.fleet, len(nodes)
     hits = [x.cached_tokens(request, request.prompt_tokens - 1) for x in view.instances]
-    n, context = np.empty((2, count), np.int64), np.empty((2, count), np.int64)
-    n[0], n[1] = books.inflight, books.inflight + 1
-    context[0], context[1] = books.context, books.context + request.prompt_tokens
+    n, context = books.inflight + _AFTER, books.context + request.prompt_tokens * _AFTER
     steps = fleet.step_s(np.minimum(n, fleet.max_seqs), np.minimum(context, fleet.capacity))
     nodes[:, DECODE_STEP] = steps[0]
     candidates, edges = blank(count, rows)
@@ -93,16 +91,16 @@ def ask_dispatch(view: ClusterView, request: RequestView, rows: int = 1) -> Ques
     return make_question(view, "dispatch", nodes, requests, candidates, edges, actions, gap_s)
 
 
+_AFTER = np.array([[0], [1]])  # a row as things are, one with the request
 _dispatch = cache(Dispatch)  # frozen, and the same for every question
 
 
 def _takers(view: ClusterView, request: RequestView, available: np.ndarray) -> np.ndarray:
     """Numbers of the instances that may get a request, as `offers.fits` says."""
-    wanted, room = request.prompt_tokens + view.longest_output, view.fleet.room
-    fits = wanted <= room
-    if not fits.all():
-        fits |= view.largest_room() <= room
-    return np.flatnonzero(fits & available)
+    wanted, fleet = request.prompt_tokens + view.longest_output, view.fleet
+    if wanted > fleet.least_room:
+        available = available & (min(wanted, view.largest_room()) <= fleet.room)
+    return available.nonzero()[0]
 
 
 # --- other questions --------------------------------------------------------------------------------------
