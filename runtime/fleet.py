@@ -123,8 +123,9 @@ class Fleet:
         # Flat tables of all profiles. The knots of each lie `_APART` behind those of the one before, so that
         # one search finds the segments of all instances.
         look = glance(tables)
+        look[:, 0] = 0.0  # nobody decodes
         profile = np.array(self.profile)
-        self._look = look.reshape(-1, 2)
+        self._fixed, self._more = look[..., 0].ravel(), look[..., 1].ravel()
         self._knot = tables.decode_knot.ravel()
         self._knots = look.shape[2]
         self._searched = self._knot + np.repeat(np.arange(len(profiles)) * _APART, self._knots)
@@ -152,17 +153,16 @@ class Fleet:
         """
         # Knots rise from 0, so the last one reached is the segment of the mean context.
         j = self._searched.searchsorted(context // np.maximum(n, 1) + self._offset, "right") - 1
-        look = self._look.take(self._base + n * self._knots + j, axis=0)
-        beyond = context - n * self._knot.take(j)
-        return np.where(n > 0, look[..., 0] + look[..., 1] * beyond, 0.0)
+        at = self._base + n * self._knots + j
+        return self._fixed.take(at) + self._more.take(at) * (context - n * self._knot.take(j))
 
     def step_of(self, i: int, n: int, context: int) -> float:
         """As `step_s`, on instance i alone."""
         if n == 0:
             return 0.0
         j = bisect_right(self._searched, context // n + self._offset[i]) - 1
-        fixed, more = self._look[self._base[i] + n * self._knots + j].tolist()
-        return fixed + more * int(context - n * self._knot[j])
+        at = self._base[i] + n * self._knots + j
+        return float(self._fixed[at]) + float(self._more[at]) * int(context - n * self._knot[j])
 
     def prefills_s(self, tokens: int, cached: list[int], budget: list[int]) -> list[float]:
         """As `prefill_s`, of one prompt on all instances.
