@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from servegym.envs.cluster import schema
 from servegym.errors import InputError
+from servegym.models import numpy_policy
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
 from servegym.runtime.bundle import check_golden, digest_line, load_bundle, read_golden, sha256
@@ -70,6 +72,15 @@ def test_answers_equal_torch_for_any_batch_and_fleet(exported, lanes, instances)
     answers = policy.act(obs)
     assert answers.dtype == np.int64
     assert legal[np.arange(lanes), answers].all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_number_that_has_no_logarithm_is_read_as_it_is(exported):
+    obs = observation(1, 16)
+    obs["requests"][..., schema.column(schema.REQUEST, "priority")] = -3.0
+    expected, _ = numpy_policy.forward(load_file(exported / "policy.safetensors"), obs)
+    found = load_bundle(exported).logits(obs)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_manifest_says_what_the_policy_sees_and_where_it_comes_from(exported):
