@@ -7,6 +7,7 @@ not installed. The kernels that play the others are imported when they are first
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,17 +40,27 @@ class BuiltIn(Rule):
         row[: len(self.params())] = self.params()
         return row
 
+    def reset(self, lanes: int, seed: int) -> None:
+        """As `Rule.reset`; loads the kernel, which takes half a second, before a question waits for it."""
+        super().reset(lanes, seed)
+        if "dispatch" not in self.kinds and find_spec("numba"):
+            from servegym.envs.cluster.observe import make_frame
+
+            self._answers(make_frame(0, 1))
+
     def act(self, obs: Observation) -> np.ndarray:
         """As `Rule.act`."""
-        (kind,) = self.kinds
-        if kind == "dispatch":
+        if "dispatch" in self.kinds:
             return super().act(obs)
+        self._check_lanes(obs)
+        return self._answers(_frame_of(obs))
+
+    def _answers(self, frame: Frame) -> np.ndarray:
         from servegym.envs.cluster.rules import answer_lanes
 
-        self._check_lanes(obs)
-        answers = np.empty(len(obs["mask"]), np.int64)
-        index = RULES[kind].index(self.rule)
-        answer_lanes(_frame_of(obs), schema.KINDS.index(kind), index, self.row(), answers)
+        (kind,) = self.kinds
+        answers = np.empty(len(frame.mask), np.int64)
+        answer_lanes(frame, schema.KINDS.index(kind), RULES[kind].index(self.rule), self.row(), answers)
         return answers
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -249,3 +252,15 @@ def test_vllm_dp_forgets_nothing_while_others_are_asked(observe):
     other["kind"][:] = schema.KINDS.index("budget")
     assert rule.act(other).tolist() == [0]
     assert rule.act(dispatch).tolist() == [2]  # 3 + 4, 4
+
+
+def test_a_first_question_finds_the_kernel_loaded():
+    """In a fresh process: in a deployment it would wait half a second."""
+    code = (
+        "from servegym.agents.heuristics import make_heuristic\n"
+        "from servegym.envs.cluster.rules import answer_lanes\n"
+        "make_heuristic('lmetric+victim_largest').reset(1, 0)\n"
+        "print(answer_lanes.signatures)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Frame" in done.stdout, done.stdout
