@@ -77,7 +77,7 @@ class Scorer:
         if feed is None:
             feed = _remember(self._feeds, shape, _Feed(self._session, obs, *shape[:3]))
         index = feed.index(rows, legal, requests, int(obs["kind"][0]))
-        shares = feed.no_shares()
+        shares = np.zeros(len(feed.shares), np.float32)
         means, mine, pool, asks = feed.matrices(shares)
         share = 1.0 / joined[rows]
         np.multiply(rows[:, None] == rows, share, out=means)
@@ -85,7 +85,7 @@ class Scorer:
         row, own = np.searchsorted(requests, request), np.arange(len(legal))
         mine[row, own], asks[own, row] = 1.0 / asked[request], 1.0
         asks[len(legal) :, 0] = 1.0  # it does not matter what requests send where no candidate is, but g does
-        return _Joins(feed, legal, index, feed.bind(shares), feed.logits[: len(legal), 0])
+        return _Joins(feed, legal, index, shares, feed.logits[: len(legal), 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,21 +95,12 @@ class _Joins:
     feed: _Feed
     legal: np.ndarray
     index: np.ndarray
-    binding: _Binding
+    shares: np.ndarray
     scores: np.ndarray  # of the feed's latest run
 
 
-@dataclass(frozen=True, eq=False)
-class _Binding:
-    """What the session reads and writes; neither it nor its values own memory, nor does it own them."""
-
-    io: onnxruntime.IOBinding
-    values: dict[str, onnxruntime.OrtValue]
-    shares: np.ndarray
-
-
 class _Feed:
-    """Memory for questions of one shape, which the session reads and writes, but for who joins whom.
+    """Memory for questions of one shape, which the session reads and writes.
 
     Args:
         instances, rows, requests: real instances, rows of the graph, and requests that candidates join.
@@ -139,24 +130,22 @@ class _Feed:
             self._factor[part].reshape(shape)[...] = _factor(name, instances)
             self._places[name] = (np.arange(size)[part].reshape(shape) + size * IS_LOG[name])[0]
         self._taken = np.empty(rows * _ROW + requests * _ASKED, np.float32)
+        self.shares = np.zeros((rows + 3 * requests) * rows, np.float32)
         self.logits = np.zeros((rows, 1), np.float32)
-        self._session = session
+        self._joins: _Joins | None = None
+        self._session, self._binding = session, session.io_binding()
+        self._bind()
 
-    def no_shares(self) -> np.ndarray:
-        """Memory for the matrices of one way to join, all 0."""
-        return np.zeros((self._rows + 3 * self._requests) * self._rows, np.float32)
-
-    def bind(self, shares: np.ndarray) -> _Binding:
-        """Let the session read these shares, and the feed's memory."""
+    def _bind(self) -> None:
         arrays = dict(zip(("rows", "asked"), self._inputs(self._taken), strict=True))
-        arrays |= zip(_MATRICES, self.matrices(shares), strict=True)
-        arrays["logits"] = self.logits
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        binding = self._session.io_binding()
+        arrays |= zip(_MATRICES, self.matrices(self.shares), strict=True)
+        self._values = {  # neither they nor the binding own memory, nor does the binding own them
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()
+        }
         for node in self._session.get_inputs():
-            binding.bind_ortvalue_input(node.name, values[node.name])
-        binding.bind_ortvalue_output("logits", values["logits"])
-        return _Binding(binding, values, shares)
+            self._binding.bind_ortvalue_input(node.name, self._values[node.name])
+        self._values["logits"] = onnxruntime.OrtValue.ortvalue_from_numpy(self.logits)
+        self._binding.bind_ortvalue_output("logits", self._values["logits"])
 
     def _inputs(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The graph's `rows` and `asked` in one piece of memory."""
@@ -188,12 +177,14 @@ class _Feed:
 
     def run(self, obs: Observation, joins: _Joins) -> None:
         """Score the candidates of a question."""
+        if joins is not self._joins:
+            self.shares[:], self._joins = joins.shares, joins
         for name, table in self._tables:
             table[...] = obs[name]
         np.multiply(self._raw, self._factor, self._logs)
         np.log1p(self._logs, self._logs)
         self._numbers.take(joins.index, out=self._taken, mode="clip")  # "raise", the default, is slower
-        self._session.run_with_iobinding(joins.binding.io)
+        self._session.run_with_iobinding(self._binding)
 
 
 def _factor(name: str, instances: int) -> np.ndarray:
