@@ -71,20 +71,25 @@ def log1p(x):
 
 
 @inlined
-def _scale(n, factor, is_log, values):
-    """Scale the first n of `values` in place: value * factor, or log1p of it. Up to a vector more change."""
-    for k in range(0, n, COLUMNS):
-        scaled = multiply(load(values, k), load(factor, k))
-        store(values, k, choose(load(is_log, k), log1p(scaled), scaled))
+def _scale_vector(raw, k, factor, is_log, scaled):
+    """Scale the numbers from k on: raw * factor, or log1p of it."""
+    product = multiply(load(raw, k), load(factor, k))
+    store(scaled, k, choose(load(is_log, k), log1p(product), product))
 
 
 @inlined
 def _scale_rows(raw, n, factor, is_log, scaled):
     """Scale the first n rows of `raw` into `scaled`."""
+    size = n * raw.shape[1]
+    for k in range(0, size - COLUMNS + 1, COLUMNS):
+        _scale_vector(raw, k, factor, is_log, scaled)
+    if size >= COLUMNS:
+        _scale_vector(raw, size - COLUMNS, factor, is_log, scaled)  # again some, but nothing behind the rows
+        return
     for row in range(n):
         for k in range(raw.shape[1]):
             scaled[row, k] = raw[row, k]
-    _scale(n * raw.shape[1], factor, is_log, scaled)
+    _scale_vector(scaled, 0, factor, is_log, scaled)
 
 
 @inlined
@@ -97,7 +102,8 @@ def _scale_context(s, totals, history):
     out[COUNT] = _COUNT_SCALE / count
     for k in range(len(history)):
         out[_GLOBALS + k] = history[k] / count
-    _scale(_CONTEXT, s.context_factor, s.context_log, s.context)
+    for k in range(0, _CONTEXT, COLUMNS):
+        _scale_vector(s.context, k, s.context_factor, s.context_log, s.context)
 
 
 @inlined
