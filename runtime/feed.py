@@ -19,7 +19,8 @@ from servegym.envs.cluster.schema import KINDS, OFFERS
 from servegym.errors import InputError
 from servegym.models.features import COUNT, IS_LOG, IS_TOTAL, SCALE, TABLES, WIDTH
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 REMEMBERED = 64  # ways to join, and shapes
 _INSTANCE, _REQUEST = WIDTH["instances"], WIDTH["requests"]
 _ROW, _HISTORY = _INSTANCE + WIDTH["edges"] + 1, _REQUEST + WIDTH["globals"]
