@@ -83,7 +83,10 @@ class KernelGradient:
         Returns:
             the gradient by each tensor of `policy.safetensors`, and the statistics, float32 [5].
         """
-        memory = self._free.pop() if self._free else self._allocate()
+        try:
+            memory = self._free.pop()
+        except IndexError:  # asked for, not looked for: another thread may take the last one in between
+            memory = self._allocate()
         for part in memory.gradient:
             part[...] = 0.0
         sums = np.zeros(len(STATISTICS))
