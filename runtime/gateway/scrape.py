@@ -93,9 +93,7 @@ class Watchman:
             with suppress(ValueError):  # what cannot be read grows stale
                 self._books.read(engine, parse_metrics(found), self._now())
 
-    async def _ask(
-        self, session: aiohttp.ClientSession, engine: Engine, health: bool
-    ) -> str | Exception | None:
+    async def _ask(self, session: aiohttp.ClientSession, engine: Engine, health: bool) -> _Found:
         """Its metrics; or what went wrong; or None where it says that it is ill."""
         try:
             if health and await self._is_ill(session, engine):

@@ -21,7 +21,7 @@ from servegym.runtime.gateway.lengths import Lengths, load_tokenizer
 from servegym.runtime.gateway.picker import Picker
 from servegym.runtime.gateway.scrape import Watchman
 from servegym.runtime.gateway.server import Server
-from servegym.runtime.gateway.settings import Settings, find_endpoints, read_classes
+from servegym.runtime.gateway.settings import Settings, parse_endpoints, read_classes, read_engines
 from servegym.runtime.gateway.telemetry import Telemetry
 
 CHANGED_S = 2.0  # pause between two looks at the bundle's folder, and at the names of engines that are gone
@@ -51,7 +51,8 @@ class Gateway:
     def __init__(self, settings: Settings, policy: str, fallback: str | None = None) -> None:
         settings.check()
         self.settings, self.policy = settings, policy
-        endpoints = find_endpoints(settings)
+        self._urls = read_engines(settings)
+        endpoints = parse_endpoints(self._urls)
         self.classes = read_classes(settings.classes)
         self.telemetry = Telemetry(settings.log_requests)
         decider = Decider(policy, fallback, settings.budget_ms / 1e3)
@@ -175,16 +176,17 @@ class Gateway:
     async def reload(self) -> None:
         """Take the policy anew, and the engines; what is refused leaves the present one in place."""
         try:
-            await self._list_engines()
+            await self._list_engines(read_engines(self.settings))
             await asyncio.to_thread(self.picker.decider.reload, self.policy)
         except InputError as error:
             self.telemetry.event("reload_refused", error=str(error))
         else:
             self.telemetry.event("reloaded", policy=self.picker.decider.policy.name)
 
-    async def _list_engines(self) -> None:
-        """Use the engines that flags or file name now, at the addresses that their names have now."""
-        endpoints = await asyncio.to_thread(find_endpoints, self.settings)
+    async def _list_engines(self, urls: tuple[str, ...]) -> None:
+        """Use these engines, at the addresses that their names have now."""
+        endpoints = await asyncio.to_thread(parse_endpoints, urls)
+        self._urls = urls
         books, addresses = self.picker.books, {endpoint.address for endpoint in endpoints}
         if addresses == {engine.endpoint.address for engine in books.engines if engine.is_listed}:
             return
@@ -200,7 +202,7 @@ class Gateway:
             await asyncio.sleep(CHANGED_S)
             if any(e.is_listed and not books.view.instances[e.number].available for e in books.engines):
                 with suppress(InputError):  # a name that does not resolve yet
-                    await self._list_engines()
+                    await self._list_engines(self._urls)
 
     async def _watch_folder(self) -> None:
         """Reload when an export has replaced the bundle."""

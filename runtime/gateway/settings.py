@@ -168,15 +168,15 @@ def parse_endpoints(urls: tuple[str, ...]) -> list[Endpoint]:
     return endpoints
 
 
-def find_endpoints(settings: Settings) -> list[Endpoint]:
-    """The engines of a gateway, as its flags or its file name them now.
+def read_engines(settings: Settings) -> tuple[str, ...]:
+    """URLs of the engines, as flags or file name them now.
 
     Raises:
-        InputError: as `parse_endpoints`, or for a file that cannot be read or names none.
+        InputError: a file that cannot be read or names none.
     """
     path = settings.engines_file
     if path is None:
-        return parse_endpoints(settings.engines)
+        return settings.engines
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -184,7 +184,7 @@ def find_endpoints(settings: Settings) -> list[Endpoint]:
     urls = tuple(line for line in lines if line and not line.startswith("#"))
     if not urls:
         raise InputError(path, "engines", [], "give at least one URL")
-    return parse_endpoints(urls)
+    return urls
 
 
 @dataclass(frozen=True)

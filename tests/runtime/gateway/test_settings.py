@@ -6,9 +6,9 @@ from servegym.errors import InputError
 from servegym.runtime.gateway.settings import (
     ServiceClass,
     Settings,
-    find_endpoints,
     parse_endpoints,
     read_classes,
+    read_engines,
 )
 
 FINE = Settings(engines=("http://127.0.0.1:1",))
@@ -74,6 +74,6 @@ def test_engines_may_stand_in_a_file(tmp_path):
         if text is not None:
             path.write_text(text)
         with pytest.raises(InputError, match="engines"):
-            find_endpoints(settings)
+            parse_endpoints(read_engines(settings))
     path.write_text("http://127.0.0.1:8101\n  # one\n\n http://127.0.0.1:8102 \n")
-    assert [endpoint.port for endpoint in find_endpoints(settings)] == [8101, 8102]
+    assert [endpoint.port for endpoint in parse_endpoints(read_engines(settings))] == [8101, 8102]
