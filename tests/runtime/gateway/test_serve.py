@@ -137,6 +137,24 @@ def test_engines_in_a_file_are_read_again(tmp_path, capsys):
     assert capsys.readouterr().err.count('"reload_refused"') == 1
 
 
+def test_the_file_of_engines_is_not_read_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr("servegym.runtime.gateway.serve.CHANGED_S", 0.02)
+
+    async def test():
+        a, b, listed = await FakeEngine().start(), FakeEngine(), tmp_path / "engines"
+        listed.write_text(f"{a.url}\nhttp://127.0.0.1:{free_port()}")
+        async with running(b, engines=(), engines_file=str(listed)) as (gateway, _):
+            await until(lambda: gateway.picker.able() == [0])  # the other is down, so names are looked up
+            listed.write_text(b.url)
+            await asyncio.sleep(0.3)
+            assert gateway.picker.books.engines[0].is_listed
+            await gateway.reload()
+            assert not gateway.picker.books.engines[0].is_listed
+        await a.stop()
+
+    run(test)
+
+
 def test_an_engine_that_comes_back_under_another_address_is_found(monkeypatch):
     address, resolve = "127.0.0.9", socket.getaddrinfo
 
