@@ -51,7 +51,7 @@ class Gateway:
     def __init__(self, settings: Settings, policy: str, fallback: str | None = None) -> None:
         settings.check()
         self.settings, self.policy = settings, policy
-        self._urls = read_engines(settings)
+        self._urls, self._listing = read_engines(settings), asyncio.Lock()
         endpoints = parse_endpoints(self._urls)
         self.classes = read_classes(settings.classes)
         self.telemetry = Telemetry(settings.log_requests)
@@ -183,17 +183,22 @@ class Gateway:
         else:
             self.telemetry.event("reloaded", policy=self.picker.decider.policy.name)
 
-    async def _list_engines(self, urls: tuple[str, ...]) -> None:
-        """Use these engines, at the addresses that their names have now."""
-        endpoints = await asyncio.to_thread(parse_endpoints, urls)
-        self._urls = urls
-        books, addresses = self.picker.books, {endpoint.address for endpoint in endpoints}
-        if addresses == {engine.endpoint.address for engine in books.engines if engine.is_listed}:
-            return
-        books.list_engines(endpoints, _specs(self.settings, len(endpoints)))
-        if self.envoy is not None:
-            self.envoy.list_engines(endpoints)
-        self.telemetry.event("engines", listed=sorted(addresses))
+    async def _list_engines(self, urls: tuple[str, ...] | None = None) -> None:
+        """Use these engines, or those of before, at the addresses that their names have now."""
+        async with self._listing:  # a look-up of names may not end behind a newer list, and undo it
+            self._urls, before = urls or self._urls, self._urls
+            try:
+                endpoints = await asyncio.to_thread(parse_endpoints, self._urls)
+            except InputError:
+                self._urls = before
+                raise
+            books, addresses = self.picker.books, {endpoint.address for endpoint in endpoints}
+            if addresses == {engine.endpoint.address for engine in books.engines if engine.is_listed}:
+                return
+            books.list_engines(endpoints, _specs(self.settings, len(endpoints)))
+            if self.envoy is not None:
+                self.envoy.list_engines(endpoints)
+            self.telemetry.event("engines", listed=sorted(addresses))
 
     async def _watch_names(self) -> None:
         """Look for engines that are gone: they may come back under another address."""
@@ -202,7 +207,7 @@ class Gateway:
             await asyncio.sleep(CHANGED_S)
             if any(e.is_listed and not books.view.instances[e.number].available for e in books.engines):
                 with suppress(InputError):  # a name that does not resolve yet
-                    await self._list_engines(self._urls)
+                    await self._list_engines()
 
     async def _watch_folder(self) -> None:
         """Reload when an export has replaced the bundle."""
