@@ -1,9 +1,12 @@
 """A policy that always answers in time: the bundle while it can, its fallback heuristic where it cannot.
 
-The policy runs in a thread of its own, which the caller awaits no longer than the budget. Running it in the
-caller's thread and measuring would save the hand-over, 9 us of the millisecond that a router has, but nothing
-could end a run that takes too long: the caller would hang for as long as the machine does. A run that is
-late goes on and its answer is thrown away; until it has ended, questions go to the fallback at once.
+A network, or a policy that is not ours, runs in a thread of its own, which the caller awaits no longer than
+the budget: nothing else could end a run that takes too long. A run that is late goes on and its answer is
+thrown away; until it has ended, questions go to the fallback at once.
+
+The hand-over takes 9 us where a core is free, and milliseconds where none is: the thread waits for its turn.
+So the caller runs a rule of `servegym.agents.heuristics` itself, which takes no longer than the fallback,
+another such rule; and it runs any policy itself if the budget is endless.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from servegym.agents.heuristics import make_heuristic
+from servegym.agents.heuristics import Composite, Rule, make_heuristic
 from servegym.agents.policy import Policy
 from servegym.envs.cluster.schema import OFFERS
 from servegym.errors import InputError
@@ -36,7 +39,7 @@ class Decider:
 
     A question goes to the fallback, and its reason is counted, when
 
-        timeout   the policy has not answered within the budget
+        timeout   the policy has not answered within the budget; never of a heuristic
         nan       a score is not a finite number
         stale     the caller says that what the question shows is too old
         mismatch  the policy does not answer this kind of question, refuses its arrays, or chooses a candidate
@@ -47,7 +50,7 @@ class Decider:
     Args:
         policy: a policy, the folder of a bundle, or the name of a heuristic.
         fallback: name of a dispatch heuristic; None: the one that the bundle names.
-        budget_s: most seconds that `decide` takes, the fallback included.
+        budget_s: most seconds that `decide` takes, the fallback included; infinite: as many as it takes.
 
     Attributes:
         policy: what answers now.
@@ -62,7 +65,7 @@ class Decider:
     def __init__(
         self, policy: Policy | str | Path, fallback: str | None = None, budget_s: float = 0.005
     ) -> None:
-        if not 0 < budget_s < float("inf"):
+        if not budget_s > 0:
             raise InputError("decider", "budget_s", budget_s, "give seconds > 0")
         self.budget_s = budget_s
         self._named_fallback = fallback
@@ -80,7 +83,8 @@ class Decider:
         fallback = make_heuristic(name)
         fallback.reset(1, 0)
         policy.reset(1, 0)
-        worker = _Worker(policy)
+        at_once = isinstance(policy, Rule | Composite) or self.budget_s == math.inf
+        worker = _Caller(policy) if at_once else _Worker(policy)
         with self._lock:
             self.policy, self.rows = policy, _rows(policy)
             self._fallback, self._worker, old = fallback, worker, getattr(self, "_worker", None)
@@ -139,6 +143,22 @@ class _Answer:
 _LATE = _Answer(failure="timeout")
 
 
+class _Caller:
+    """Runs a policy in the thread that asks, one question after the other."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._lock = threading.Lock()
+
+    def ask(self, question: Question, _: float) -> _Answer:
+        """The policy's answer."""
+        with self._lock:
+            return _answer(self.policy, question)
+
+    def end(self) -> None:
+        """There is no thread to end."""
+
+
 class _Worker:
     """The thread in which a policy runs."""
 
@@ -167,23 +187,24 @@ class _Worker:
         while (job := self._jobs.get()) is not None:
             question, self._deadline, reply = job
             if time.monotonic() < self._deadline:
-                reply.put(self._answer(question))
+                reply.put(_answer(self.policy, question))
             self._deadline = math.inf
 
-    def _answer(self, question: Question) -> _Answer:
-        try:
-            if isinstance(self.policy, BundlePolicy):
-                scores = self.policy.logits(question.obs)[0]
-                if not np.isfinite(scores).all():
-                    return _Answer(failure="nan", error="a score is not finite")
-                candidate = int(scores.argmax())
-            else:
-                candidate = int(self.policy.act(question.obs)[0])
-        except Exception as error:  # whatever a policy raises, the request must be answered
-            return _Answer(failure="mismatch", error=f"{type(error).__name__}: {error}")
-        if candidate not in question.actions:
-            return _Answer(failure="mismatch", error=f"candidate {candidate} is not legal")
-        return _Answer(candidate)
+
+def _answer(policy: Policy, question: Question) -> _Answer:
+    try:
+        if isinstance(policy, BundlePolicy):
+            scores = policy.logits(question.obs)[0]
+            if not np.isfinite(scores).all():
+                return _Answer(failure="nan", error="a score is not finite")
+            candidate = int(scores.argmax())
+        else:
+            candidate = int(policy.act(question.obs)[0])
+    except Exception as error:  # whatever a policy raises, the request must be answered
+        return _Answer(failure="mismatch", error=f"{type(error).__name__}: {error}")
+    if candidate not in question.actions:
+        return _Answer(failure="mismatch", error=f"candidate {candidate} is not legal")
+    return _Answer(candidate)
 
 
 def _load(policy: Policy | str | Path) -> Policy:

@@ -46,7 +46,6 @@ class EnginePlayer:
 
     Args:
         models: path of a profile -> the model of the instances that name it.
-        budget_s: most seconds that a decision may take before the fallback answers.
 
     Attributes:
         counts: decisions of the last play by `answered` and the reasons for a fallback.
@@ -54,9 +53,8 @@ class EnginePlayer:
             at the target).
     """
 
-    def __init__(self, models: Mapping[str, Transformer], budget_s: float = 1.0) -> None:
+    def __init__(self, models: Mapping[str, Transformer]) -> None:
         self.models = {profile_path(name): model for name, model in models.items()}
-        self.budget_s = budget_s
         self.counts: dict[str, int] = {}
         self.downtimes: list[tuple[int, float]] = []
         self._fleet: tuple[ClusterSpec, int, list[InstanceSettings], list[Instance]] | None = None
@@ -72,13 +70,10 @@ class EnginePlayer:
             instance.clear()
         _check_fit(episode, instances)
         schedulers = [instance.scheduler for instance in instances]
-        router = Router(schedulers, settings, policy, scenario, episode, self.budget_s, seed)
+        router = Router(schedulers, settings, policy, scenario, episode, seed)
         played = _Play(episode, instances, router)
-        try:
-            with undisturbed():
-                played.run()
-        finally:
-            router.close()
+        with undisturbed():
+            played.run()
         self.counts, self.downtimes = router.counts(), played.copier.downtimes
         return records_of(played.requests, episode, played.start_s)
 

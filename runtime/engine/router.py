@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import inf
 
 import numpy as np
 
@@ -36,7 +37,6 @@ class Router:
         settings: the same instances as views see them.
         policy: answers what it is for; the rest is left to the rules that it was trained beside, else to the
             stock system's, as in `servegym.agents.play`.
-        budget_s: most seconds of a decision.
         seed: of the policy and of the phases at which metrics are read.
 
     Raises:
@@ -50,7 +50,6 @@ class Router:
         policy: Policy,
         scenario: Scenario,
         episode: Episode,
-        budget_s: float,
         seed: int,
     ) -> None:
         workload = episode.workload
@@ -72,14 +71,17 @@ class Router:
         self.period_s = scenario.scrape_s
         phases = np.random.default_rng(seed).random(len(schedulers)) * self.period_s
         self.next_scrape = phases.tolist()
-        self.deciders = self._deciders(policy, scenario, budget_s, seed)
+        self.deciders = self._deciders(policy, scenario, seed)
 
-    def _deciders(self, policy: Policy, scenario: Scenario, budget_s: float, seed: int) -> dict[str, Decider]:
-        """Who answers each kind of question; the kinds that are left out get candidate 0."""
+    def _deciders(self, policy: Policy, scenario: Scenario, seed: int) -> dict[str, Decider]:
+        """Who answers each kind of question; the kinds that are left out get candidate 0.
+
+        Without a budget, hence in the router's thread: another would wait for a core behind the engines.
+        """
         decisions, rules = roles(policy, scenario, [self.episode])
-        mine = Decider(policy, budget_s=budget_s)
+        mine = Decider(policy, budget_s=inf)
         beside = {
-            kind: Decider(heuristic_of(kind, rule), budget_s=budget_s)
+            kind: Decider(heuristic_of(kind, rule), budget_s=inf)
             for kind, rule in rules.items()
             if rule not in _UNASKED
         }
@@ -88,11 +90,6 @@ class Router:
             decider.policy.act(questions.ask_dispatch(self.view, request, decider.rows).obs)
             decider.policy.reset(1, seed)
         return {**beside, **dict.fromkeys(set(kinds_of(decisions)) & set(policy.kinds), mine)}
-
-    def close(self) -> None:
-        """End the policies' threads."""
-        for decider in self.deciders.values():
-            decider.close()
 
     def counts(self) -> dict[str, int]:
         """Decisions by `answered` and the reasons for a fallback."""

@@ -1,5 +1,6 @@
 """A decider answers in time whatever its policy does, and says why a fallback answered."""
 
+import math
 import shutil
 import threading
 import time
@@ -121,6 +122,32 @@ def test_a_policy_that_hangs_never_holds_up_the_caller():
     decider.budget_s = BUDGET_S
     assert decider.decide(question) == Dispatch(0)  # what it was told: candidate 1
     assert decider.counts["answered"] == 1
+
+
+def test_a_heuristic_answers_in_the_thread_that_asks(monkeypatch):
+    decider, threads = Decider("least_request", budget_s=1e-9), []
+    act = decider.policy.act
+    monkeypatch.setattr(decider.policy, "act", lambda obs: threads.append(threading.get_ident()) or act(obs))
+    assert decider.decide(dispatch_question()) == Dispatch(0)
+    assert threads == [threading.get_ident()]
+    assert counted(decider) == {"answered": 1}  # there is nobody else to be late
+
+
+def test_without_a_budget_any_policy_answers_in_the_thread_that_asks(exported):
+    threads, count = [], threading.active_count()
+    policy = Scripted(1)
+    policy.act = lambda obs: threads.append(threading.get_ident()) or np.array([policy.answer])
+    decider = Decider(policy, budget_s=math.inf)
+    assert decider.decide(dispatch_question()) == Dispatch(0)
+    policy.answer = 99
+    assert decider.decide(dispatch_question()) == Dispatch(1)
+    assert counted(decider) == {"answered": 1, "mismatch": 1}
+    assert threads == [threading.get_ident()] * 2
+    bundle = Decider(exported, budget_s=math.inf)
+    bundle.decide(dispatch_question())
+    bundle.close()
+    assert counted(bundle) == {"answered": 1}
+    assert threading.active_count() <= count
 
 
 def test_many_threads_ask_at_once(exported):

@@ -6,8 +6,10 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from servegym.agents.policy import Policy
 from servegym.runtime.decider import Decider
 from servegym.runtime.fleet import InstanceSettings
 from servegym.runtime.observation import EDGE, REQUEST
@@ -21,7 +23,7 @@ MOST = 1024
 class Scheduler:
     """Decodes first, then prompts in order of arrival, within the tokens of an iteration."""
 
-    def __init__(self, policy: str, period_s: float = 1e-9) -> None:
+    def __init__(self, policy: Policy | str, period_s: float = 1e-9) -> None:
         settings = InstanceSettings.of(
             "a100-llama-3.1-8b", kv_blocks=4096, block_tokens=16, max_seqs=16, token_budget=MOST,
             queue="priority",
@@ -63,7 +65,7 @@ class Scheduler:
         return given
 
 
-def start(policy: str, **settings: Any) -> Scheduler:
+def start(policy: Policy | str, **settings: Any) -> Scheduler:
     """With a request that decodes and a long prompt that waits."""
     scheduler = Scheduler(policy, **settings)
     scheduler.arrive("short", 10)
@@ -121,9 +123,22 @@ def test_an_answer_holds_for_a_period():
     assert scheduler.cap.asked == 1
 
 
+class Late:
+    """A policy that needs longer than it has."""
+
+    name, kinds, needs_oracle = "late", ("budget",), False
+
+    def reset(self, lanes: int, seed: int) -> None:
+        pass
+
+    def act(self, obs: Any) -> np.ndarray:
+        time.sleep(0.1)
+        return np.array([2])
+
+
 def test_a_late_answer_changes_nothing():
-    scheduler = start("budget_fixed")
-    scheduler.decider.budget_s = 1e-9
+    scheduler = start(Late())
+    scheduler.decider.budget_s = 1e-3
     assert scheduler.step() == {"short": 1, "long": MOST - 1}
     assert scheduler.cap.asked == 1
     assert scheduler.decider.counts["timeout"] == 1
