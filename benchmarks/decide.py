@@ -136,7 +136,7 @@ def measure(engines: int, policy: BundlePolicy, weights: dict[str, np.ndarray]) 
     view, request = busy(engines)
     question, questions = ask_dispatch(view, request), in_turn(engines)
     decider = Decider(policy, budget_s=1.0)
-    found = {
+    return {
         "onnxruntime": timed(lambda: policy.act(next(questions))),
         "onnxruntime, new joins": timed(lambda: new_joins(policy, question.obs), 1000),
         "numpy": timed(lambda: numpy_policy.forward(weights, question.obs)[0].argmax(1), 500),
@@ -144,8 +144,6 @@ def measure(engines: int, policy: BundlePolicy, weights: dict[str, np.ndarray]) 
         "question and decider": timed(lambda: decider.decide(ask_dispatch(view, request)), 1000),
         "in lane": in_lane(weights, question),
     }
-    decider.close()
-    return found
 
 
 def main() -> None:

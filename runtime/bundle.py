@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,18 @@ class BundlePolicy:
         return out
 
     def act(self, obs: Observation) -> np.ndarray:
-        """The legal candidate of the highest score, int64 [B]."""
+        """The legal candidate of the highest score, int64 [B].
+
+        Raises:
+            FloatingPointError: of one lane, where that score is not finite.
+        """
         if len(obs["kind"]) > 1:
             return self.logits(obs).argmax(axis=1)
         with self._lock:
             legal, scores = self._scorer.score(obs)
-            best = scores.argmax()
+            best = scores.argmax()  # NaN, where there is one
+            if not math.isfinite(scores[best]):
+                raise FloatingPointError("a score is not finite")
         return legal[best : best + 1]
 
 

@@ -109,7 +109,6 @@ class Gateway:
         server = Server(self._open_exchange, self.telemetry, settings.max_body_bytes)
         await server.start(settings.host, settings.picker_port)
         stack.push_async_callback(server.stop, 1.0)
-        stack.callback(self.picker.decider.close)
         try:
             stack.callback(self.telemetry.serve(self.picker, self.now, settings.host, settings.metrics_port))
         except OSError as error:

@@ -149,7 +149,6 @@ class VllmPlayer:
             raise InputError(self.fleet.name, "engine", str(error), f"logs end: {tails}") from error
         finally:
             self.counts = dict(decider.counts)
-            decider.close()
 
     def close(self) -> None:
         """Stop the servers."""

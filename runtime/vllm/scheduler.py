@@ -8,8 +8,8 @@ Under the priority policy vLLM evicts the running request of the largest (priori
 next token of a running request finds no block. At that moment, and only then, the policy is asked; the
 request that it names gets the largest priority until it is evicted, and its own back before it is queued
 again. A policy that answers `budget`, too, sets the most prompt tokens of an iteration (`prefill_cap`).
-Everything else is vLLM's. Where the policy does not answer in time, or not at all, vLLM's own victim goes,
-and the cap stays.
+Everything else is vLLM's. Where the policy does not answer, or rests because it was late, vLLM's own victim
+goes, and the cap stays.
 
 `servegym.runtime.vllm.seams` lists what this relies on inside vLLM.
 """

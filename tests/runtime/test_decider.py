@@ -1,4 +1,4 @@
-"""A decider answers in time whatever its policy does, and says why a fallback answered."""
+"""A decider answers whatever its policy does, and says why a fallback answered."""
 
 import math
 import shutil
@@ -104,50 +104,36 @@ def test_answers_that_are_none_go_to_the_fallback(answer, told):
     assert told in decider.last_error
 
 
-def test_a_policy_that_hangs_never_holds_up_the_caller():
-    policy = Scripted(1, delay_s=0.6)
+def test_a_policy_that_was_late_rests_for_nine_times_as_long():
+    policy = Scripted(1, delay_s=0.1)
     decider = Decider(policy, budget_s=0.05)
     question = dispatch_question()
-    waits = []
-    for _ in range(5):
-        start = time.monotonic()
-        assert decider.decide(question) == Dispatch(1)
-        waits.append(time.monotonic() - start)
-    assert counted(decider) == {"timeout": 5}
-    # The first waits for its budget, the others find the thread busy. (A busy machine may wake us late.)
-    assert 0.04 <= waits[0] < 0.3
-    assert sorted(waits[1:])[1] < 0.03
+    assert decider.decide(question) == Dispatch(0)  # late, but there: candidate 1, as it was told
     policy.delay_s = 0.0
-    time.sleep(0.8)
-    decider.budget_s = BUDGET_S
-    assert decider.decide(question) == Dispatch(0)  # what it was told: candidate 1
-    assert decider.counts["answered"] == 1
+    late = time.monotonic()
+    while decider.decide(question) == Dispatch(1):
+        time.sleep(0.01)
+    rested = time.monotonic() - late
+    assert decider.counts["timeout"] > 1 and decider.counts["answered"] == 2
+    assert rested > 0.8
+    assert decider.decide(question) == Dispatch(0)  # in time again, so that it goes on
 
 
-def test_a_heuristic_answers_in_the_thread_that_asks(monkeypatch):
-    decider, threads = Decider("least_request", budget_s=1e-9), []
-    act = decider.policy.act
-    monkeypatch.setattr(decider.policy, "act", lambda obs: threads.append(threading.get_ident()) or act(obs))
-    assert decider.decide(dispatch_question()) == Dispatch(0)
+def test_a_policy_that_fails_late_rests_too_and_one_without_a_budget_never_does():
+    decider = Decider(Scripted(KeyError("x"), delay_s=0.02), budget_s=0.001)
+    for _ in range(2):
+        assert decider.decide(dispatch_question()) == Dispatch(1)
+    assert counted(decider) == {"mismatch": 1, "timeout": 1}
+    patient = Decider(Scripted(1, delay_s=0.02), budget_s=math.inf)
+    for _ in range(2):
+        assert patient.decide(dispatch_question()) == Dispatch(0)
+
+
+def test_a_policy_answers_in_the_thread_that_asks():
+    threads, policy = [], Scripted(1)
+    policy.act = lambda obs: threads.append(threading.get_ident()) or np.array([1])
+    assert Decider(policy, budget_s=BUDGET_S).decide(dispatch_question()) == Dispatch(0)
     assert threads == [threading.get_ident()]
-    assert counted(decider) == {"answered": 1}  # there is nobody else to be late
-
-
-def test_without_a_budget_any_policy_answers_in_the_thread_that_asks(exported):
-    threads, count = [], threading.active_count()
-    policy = Scripted(1)
-    policy.act = lambda obs: threads.append(threading.get_ident()) or np.array([policy.answer])
-    decider = Decider(policy, budget_s=math.inf)
-    assert decider.decide(dispatch_question()) == Dispatch(0)
-    policy.answer = 99
-    assert decider.decide(dispatch_question()) == Dispatch(1)
-    assert counted(decider) == {"answered": 1, "mismatch": 1}
-    assert threads == [threading.get_ident()] * 2
-    bundle = Decider(exported, budget_s=math.inf)
-    bundle.decide(dispatch_question())
-    bundle.close()
-    assert counted(bundle) == {"answered": 1}
-    assert threading.active_count() <= count
 
 
 def test_many_threads_ask_at_once(exported):
@@ -182,7 +168,6 @@ def test_reload_takes_what_is_whole_and_refuses_what_is_not(exported, tmp_path):
     assert isinstance(decider.policy, BundlePolicy) and decider.policy.name == "other"
     assert decider.decide(question, stale=True) == Dispatch(0)  # its own fallback
     assert counted(decider) == {"answered": 1, "stale": 1}  # goes on over a reload
-    decider.close()
 
 
 def test_a_heuristic_by_name():

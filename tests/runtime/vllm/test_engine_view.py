@@ -128,4 +128,3 @@ def test_a_rule_chooses_from_it():
     question = ask_preempt(view.look(some, 0, {}), 0)
     assert question.actions[0] == Preempt("9", swap=False)  # vLLM's own: the last arrival
     assert decider.decide(question) == Preempt("7", swap=False)  # 109 tokens
-    decider.close()

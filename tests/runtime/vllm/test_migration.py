@@ -77,7 +77,6 @@ async def migrating(servers: list[Engine], **flags: Any):
         watching = asyncio.create_task(migrator.watch())
         yield migrator
         watching.cancel()
-    decider.close()
 
 
 async def answer(migrator: Migrator, k: int) -> tuple[str, list[int]]:

@@ -89,7 +89,6 @@ async def serving(*some: FakeEngine, policy: Any = None, **flags: Any) -> AsyncI
             migrator = await make_migrator(session, settings, decider, wait_s=0.1)
             async with TestServer(make_app(migrator), handler_cancellation=True) as server:
                 yield Client(str(server.make_url("")).rstrip("/"), migrator, http)
-        decider.close()
 
 
 def run(case: Callable[[], Awaitable[None]]) -> None:
