@@ -4,13 +4,15 @@
 
 Two instances of one transformer, one three times as deep as the other, run on a core each. Policies play the
 same requests in real time and in the model. value: the largest error of P50 and P99 of TTFT, TPOT and E2E
-over the policies, each the median over the cycles, in percent of what was measured. The detail has the spread
-of the same figures from cycle to cycle. The last line is JSON.
+over the policies, each a mean over all cycles, in percent of what was measured. The detail has the standard
+error of each, and the spread of what was measured from cycle to cycle. The last line is JSON.
 
 A shared machine changes its speed by tens of percent within seconds. So a cycle is short: all policies in
 random order, one play each, and between them the iterations of both instances are measured again, at the same
-time. The cycle's plays are held to profiles fitted to the mean of the cycle's own measurements: the mean and
-not the median, since a play has the slow iterations, too. Cycles are added for SECONDS; all count.
+time. The cycle's plays are predicted from profiles fitted to the mean of the cycle's own measurements. Means
+and not medians throughout: a play has the slow iterations, too. When it was looked at, means over 2 s had a
+spread of 8%, and those 4 s later had little to do with them: what is measured beside a play says little more
+of it than what is measured a minute later, and only many cycles help. They are added for SECONDS; all count.
 
 Requests come several times faster than the pair can serve, then the backlog drains: a policy is as good as
 its split of the work. Nearer to saturation, and with lengths as heavy-tailed as those of real traffic, a cost
@@ -33,8 +35,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +80,7 @@ SHAPE = {
 }
 LIMITS = Limits(token_budget=64, max_seqs=8, max_context=96, kv_blocks=64, block_tokens=16)
 SIZE, FIRST, PLAYS = 4, 4, 2  # random shapes of each kind; measurements at first; plays between two of them
-SECONDS, LEAST_CYCLES = 240.0, 3
+SECONDS, LEAST_CYCLES = 420.0, 3
 POLICIES = (
     "round_robin",
     "random",
@@ -88,6 +91,7 @@ POLICIES = (
 )
 REQUESTS, SESSIONS, PROMPT, OUTPUT = 32, 6, (20, 60), (8, 28)  # lengths uniform
 LOAD, SEED = 6.0, 4
+PIECE = 1024  # rows of a matrix, half a millisecond
 SCENARIO = Scenario(scrape_s=0.0, prediction_error=0.3, prefix_caching=False)
 
 
@@ -134,9 +138,11 @@ def episode_of(fleet: ClusterSpec) -> Episode:
     )
 
 
-def busy(model: Transformer) -> torch.Tensor:
-    """What an instance without requests does: a product of those that it would do with some."""
-    return torch.ones(LIMITS.max_seqs, model.config.hidden) @ model.layers[0]["gate_up"].T
+def busy(model: Transformer) -> Callable[[], torch.Tensor]:
+    """What an instance without requests does: a product in pieces so short that no request waits for them."""
+    tokens, pieces = torch.ones(LIMITS.max_seqs, model.config.hidden), model.layers[0]["gate_up"].split(PIECE)
+    turn = cycle(pieces)
+    return lambda: tokens @ next(turn).T
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ class Pair:
         _, instances = self.player.instances(fleet, self.episode.workload.prefix_block_tokens)
         self.benches = [EngineBench(instance) for instance in instances]
         for instance in instances:
-            instance.idle = partial(busy, instance.model)
+            instance.idle = busy(instance.model)
 
     def play(self, policy: str) -> dict[str, float]:
         """Metrics of a play in real time."""
@@ -222,17 +228,21 @@ def summary(cycles: list[Cycle]) -> dict[str, Any]:
     policies: list[dict[str, Any]] = [{"policy": name} for name in POLICIES]
     for metric in FIGURES:
         measured, predicted = figures(cycles, metric)
-        error = 100 * (np.median(predicted / measured, axis=1) - 1)
-        spread = 100 * np.ptp(measured, axis=1) / np.median(measured, axis=1)
+        said, was = (world.mean(axis=1) for world in (predicted, measured))
+        error = 100 * (said / was - 1)
+        apart = predicted / said[:, None] - measured / was[:, None]
+        uncertain = 100 * apart.std(axis=1, ddof=1) / len(cycles) ** 0.5
+        spread = 100 * np.ptp(measured, axis=1) / was
         for k, policy in enumerate(policies):
             policy[metric] = {
                 "error_percent": round(float(error[k]), 2),
+                "standard_error_percent": round(float(uncertain[k]), 2),
                 "spread_percent": round(float(spread[k]), 2),
                 "measured": [round(x, 5) for x in measured[k].tolist()],
                 "predicted": [round(x, 5) for x in predicted[k].tolist()],
             }
     ranks = {
-        metric: rank_correlation(*(np.median(world, axis=1).tolist() for world in figures(cycles, metric)))
+        metric: rank_correlation(*(world.mean(axis=1).tolist() for world in figures(cycles, metric)))
         for metric in RANKED
     }
     errors = np.array([[policy[metric]["error_percent"] for metric in FIGURES] for policy in policies])
@@ -250,10 +260,12 @@ def summary(cycles: list[Cycle]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Signed errors by policy and figure, with the spread of what was measured."""
-    print(f"{'error (spread), %':22}" + "".join(f"{figure.removesuffix('_s'):>16}" for figure in FIGURES))
+    """Signed errors by policy and figure, with the standard error of each."""
+    print(f"{'error +- its own, %':22}" + "".join(f"{figure.removesuffix('_s'):>16}" for figure in FIGURES))
     for policy in found["policies"]:
-        cells = (f"{policy[f]['error_percent']:+.1f} ({policy[f]['spread_percent']:.0f})" for f in FIGURES)
+        cells = (
+            f"{policy[f]['error_percent']:+.1f} +- {policy[f]['standard_error_percent']:.1f}" for f in FIGURES
+        )
         print(f"{policy['policy']:22}" + "".join(f"{cell:>16}" for cell in cells))
 
 
@@ -274,6 +286,7 @@ def main() -> None:
             name: {part: error.median_percent for part, error in c.profile.provenance.held_out.items()}
             for name, c in pair.calibrations.items()
         },
+        "dispatch_us": {name: c.profile.dispatch_us for name, c in pair.calibrations.items()},
         "load": LOAD,
         "requests": REQUESTS,
         "seconds": [round(cycle.seconds, 1) for cycle in cycles],

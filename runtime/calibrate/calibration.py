@@ -19,6 +19,7 @@ from servegym.runtime.calibrate.fit import errors, fit, with_parts
 from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
 from servegym.runtime.calibrate.machine import Machine, host_bandwidth, memory_bandwidth
 from servegym.runtime.calibrate.measure import beside, measure, typical
+from servegym.runtime.calibrate.routing import dispatch_s
 from servegym.runtime.calibrate.shapes import Axes, Design, Limits, design
 from servegym.runtime.calibrate.start import start_of, warm_up_s, weights_s
 from servegym.runtime.calibrate.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
@@ -129,6 +130,10 @@ def calibrate(
     count = len(shapes.fitted)
     parts = fit(shapes.axes, shapes.fitted, typical(seconds)[:count] - overhead_s)
     profile = with_parts(fixed, parts)
+    progress("dispatch")
+    placed_s = dispatch_s(model, profile, max(len(instances), 2))
+    profile = replace(profile, dispatch_us=round(placed_s * 1e6, 2))
+    figures["dispatch, us"] = placed_s * 1e6
     held_out = errors(profile, shapes.held_out, typical(seconds)[count:]) | link_errors
     notes = (*_NOTES, f"instances iterating at the same time: {len(instances)}", command)
     origin = replace(profile.provenance, held_out=held_out, notes=notes)

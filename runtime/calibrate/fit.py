@@ -4,7 +4,9 @@ The cost model is linear in its knots: an iteration is linear(tokens) + head(seq
 interpolation between knots. So the knots that explain measured iterations best solve a linear least-squares
 problem, whole iterations being what counts. Curves may only rise, and surfaces rise along both axes, the
 faster the farther out (attention is a product of its axes): the unknowns are the increments, all of them not
-negative. A weak penalty on the change of neighbouring slopes fills in what no measurement reaches.
+negative. A weak penalty on the change of neighbouring slopes fills in what no measurement reaches. What only
+some shapes show, skew and the difference that a prefill makes to decodes, stays near 0 until several of them
+agree: it would explain the noise of a few, and the times of others would be wrong by up to half.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from servegym.envs.costs.reference import ReferenceCosts
 from servegym.runtime.calibrate.shapes import KINDS, Axes, Shape
 
 ROUGHNESS = 3e-3  # weight of a change of slope against a relative error: below a measurement's noise
-APART = 1e-2  # weight of what tells decodes beside a prefill from decodes alone
+RARE = 5e-2  # weight of skew, and of what tells decodes beside a prefill from others: as their noise
 US = 1e-6
 
 
@@ -123,16 +125,15 @@ class _Tables:
         return row
 
     def penalty(self) -> np.ndarray:
-        """Rows that weigh changes of slope, and differences of decodes beside a prefill from those alone."""
-        rows = []
+        """Rows that weigh changes of slope, skew, and what tells decodes beside a prefill from others."""
+        rows, span = [], self.axes.contexts[-1]
         for name, knots in self.shapes.items():
-            slopes = _slopes(knots) @ self.sums[self.where[name]] if not name.endswith("skew") else None
-            if slopes is not None:
-                rows.append(ROUGHNESS * slopes)
-        for part in ("attention", "skew"):
+            costs = self.sums[self.where[name]]
+            skewed = name.endswith("skew")
+            rows.append(RARE * span * costs if skewed else ROUGHNESS * _slopes(knots) @ costs)
+        for part, unit in (("attention", 1), ("skew", span)):
             mixed, alone = self.sums[self.where[f"mixed_{part}"]], self.sums[self.where[f"decode_{part}"]]
-            span = self.axes.contexts[-1] if part == "skew" else 1
-            rows.append(APART * span * (mixed - alone))
+            rows.append(RARE * unit * (mixed - alone))
         return np.vstack(rows)
 
     def parts(self, knots: np.ndarray) -> Parts:

@@ -51,12 +51,14 @@ class EnginePlayer:
         counts: decisions of the last play by `answered` and the reasons for a fallback.
         downtimes: of the last play's migrations, (blocks, seconds from the stop at the source until the KV is
             at the target).
+        dispatches: seconds of each of the last play's dispatches, during which the engines stand still.
     """
 
     def __init__(self, models: Mapping[str, Transformer]) -> None:
         self.models = {profile_path(name): model for name, model in models.items()}
         self.counts: dict[str, int] = {}
         self.downtimes: list[tuple[int, float]] = []
+        self.dispatches: list[float] = []
         self._fleet: tuple[ClusterSpec, int, list[InstanceSettings], list[Instance]] | None = None
 
     def play(self, policy: Policy, scenario: Scenario, episode: Episode, seed: int = 0) -> Records:
@@ -75,6 +77,7 @@ class EnginePlayer:
         with undisturbed():
             played.run()
         self.counts, self.downtimes = router.counts(), played.copier.downtimes
+        self.dispatches = played.dispatches
         return records_of(played.requests, episode, played.start_s)
 
     def close(self) -> None:
@@ -125,6 +128,7 @@ class _Play:
         self.requests = [self._request(row, vocabulary) for row in range(len(episode.workload))]
         self.left, self.warm = len(self.requests), 0
         self.failure: BaseException | None = None
+        self.dispatches: list[float] = []
         self.start_s = 0.0
         self.events: list[tuple[float, Event, int]] = []
         self.lever, budget_s = episode.cluster.migration, episode.cluster.budget_period_s
@@ -190,9 +194,10 @@ class _Play:
             self._push(at + self.periods[event], event, which)
         if event is Event.ARRIVAL:
             r = self.requests[which]
-            r.arrived_s = at
-            i = self.router.dispatch(r, self.now())
+            r.arrived_s, begin_s = at, self.now()
+            i = self.router.dispatch(r, begin_s)
             r.dispatched_s = self.now()
+            self.dispatches.append(r.dispatched_s - begin_s)
             self.instances[i].scheduler.enqueue(r)
         elif event is Event.SCRAPE:
             self.router.scrape(which, self.now())

@@ -44,6 +44,14 @@ def test_noise_averages_out(truth):
     assert abs(np.mean(ratio) - 1) < 0.015
 
 
+def test_the_noise_of_a_few_shapes_is_not_taken_for_skew_or_for_what_prefills_do_to_decodes(truth):
+    few = Limits(token_budget=64, max_seqs=8, max_context=96, kv_blocks=64, block_tokens=16)
+    shapes, others = design(few, size=4), design(few, size=60, seed=1).held_out
+    even = replace(truth, decode_skew=None, mixed_skew=None, mixed_attention=None)
+    ratios = [predict(fitted(even, shapes, 0.05, seed), others) / predict(even, others) for seed in range(10)]
+    assert np.abs(np.log(ratios)).max() < 0.25
+
+
 def test_costs_never_fall(truth):
     shapes = design(LIMITS, size=20)
     profile = fitted(truth, shapes, 0.2)
