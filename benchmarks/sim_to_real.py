@@ -24,8 +24,9 @@ cycles of real plays in which a policy's P50 jumped.
 The transformer is wide and not deep, so that nearly all of an iteration is spent in matrix products: both
 instances are threads of one interpreter, which only one of them has at a time, and every small operation
 would wait for it. The router is a third such thread: a dispatch stops both instances for half a millisecond,
-which is calibrated on other requests and predicted. Each thread keeps to a core of its own. That core is never idle: on a virtual machine the
-other one would then be faster (by 6% when it was looked at), which no cost model of one engine knows.
+which is calibrated on other requests and predicted. Each instance keeps to a core of its own. That core is
+never idle: on a virtual machine the other one would then be faster (by 6% when it was looked at), which no
+cost model of one engine knows.
 """
 
 from __future__ import annotations
