@@ -1,10 +1,11 @@
 """A policy that always answers: itself while it can, its fallback heuristic where it cannot.
 
 The policy runs in the thread that asks. In a thread of its own, awaited no longer than the budget, it was far
-more often late: where no core is free each hand-over waits for its turn, milliseconds in a tenth of the cases,
-and the run itself takes a tenth of a millisecond. So a policy must compute and return, as bundles and
-heuristics do; nothing ends one that waits for ever. If it took longer than the budget, its answer is taken,
-since it is there, and it rests `REST` times as long: it never has more than a tenth of its caller's time.
+more often late: where no core is free a hand-over waits for its turn, milliseconds in a tenth of the cases,
+and the run itself takes a tenth of one. So a policy must compute and return, as bundles and heuristics do;
+nothing ends one that waits for ever. If it took more CPU time than the budget (that it waits for a core is
+not its fault, and so would the fallback), its answer is taken, since it is there, and it rests `REST` times
+as long: it never takes more than a tenth of its caller's time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Decider:
     Args:
         policy: a policy, the folder of a bundle, or the name of a heuristic.
         fallback: name of a dispatch heuristic; None: the one that the bundle names.
-        budget_s: seconds that a question may take the policy; infinite: as many as it takes.
+        budget_s: CPU seconds that a question may take the policy; infinite: as many as it takes.
 
     Attributes:
         policy: what answers now.
@@ -103,13 +104,13 @@ class Decider:
         return question.actions.get(candidate, question.actions[0])
 
     def _ask(self, question: Question, stale: bool) -> int:
-        begin = time.monotonic()
         if stale:
             raise _NoAnswerError("stale")
         if question.kind not in self.policy.kinds:
             raise _NoAnswerError("mismatch", f"no answers to {question.kind}")
-        if begin < self._rests_until:
+        if time.monotonic() < self._rests_until:
             raise _NoAnswerError("timeout")
+        begin = time.thread_time()
         try:
             candidate = int(self.policy.act(question.obs)[0])
         except FloatingPointError as error:
@@ -117,9 +118,9 @@ class Decider:
         except Exception as error:  # whatever a policy raises, the request must be answered
             raise _NoAnswerError("mismatch", f"{type(error).__name__}: {error}") from error
         finally:
-            end = time.monotonic()
-            if end - begin > self.budget_s:
-                self._rests_until = end + REST * (end - begin)
+            took = time.thread_time() - begin
+            if took > self.budget_s:
+                self._rests_until = time.monotonic() + REST * took
         if candidate not in question.actions:
             raise _NoAnswerError("mismatch", f"candidate {candidate} is not legal")
         return candidate

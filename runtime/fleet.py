@@ -100,7 +100,7 @@ class Fleet:
     """Constants of a list of instances, and what their iterations cost.
 
     Attributes:
-        nodes: float32 [I, INSTANCE], the features that never change, others 0.
+        nodes: float32 [I, INSTANCE], the features that never change, others 0. mask: int8 [1, I], ones.
         capacity: int64 [I], KV tokens; max_seqs: int64 [I]; prefill_speed: float64 [I], tokens/s.
         room: int64 [I], tokens that each can hold when empty; least_room: of these the least.
         profile: row of the cost tables of each instance.
@@ -120,6 +120,7 @@ class Fleet:
         self.room = np.array([s.room_tokens for s in settings])
         self.least_room = int(self.room.min())
         self.nodes = self._nodes(settings)
+        self.mask = np.ones((1, len(settings)), np.int8)
         # Flat tables of all profiles. The knots of each lie `_APART` behind those of the one before, so that
         # one search finds the segments of all instances.
         look = glance(tables)

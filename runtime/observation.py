@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -96,6 +97,7 @@ _CHANGING = (
     "urgent_inflight", "host_usage", "engaged",
 )  # fmt: skip
 _COLUMNS = np.array([NODE[name] for name in _CHANGING])
+_KINDS = {kind: np.array([k]) for k, kind in enumerate(schema.KINDS)}
 _KV_USAGE, DECODE_STEP = NODE["kv_usage"], NODE["decode_step_s"]
 
 
@@ -152,8 +154,7 @@ def make_question(
     since_s: float,
 ) -> Question:
     """Put the arrays together; legal is what has an action."""
-    mask = np.zeros(len(edges), np.int8)
-    mask[list(actions)] = 1
+    mask = np.fromiter(map(actions.__contains__, range(len(edges))), np.int8, len(edges))
     rate, tokens = view.arrivals.rates(view.now_s)
     inflight = sum(len(x.inflight) for x in view.instances)
     shared = (len(nodes), rate, tokens, since_s, inflight)
@@ -164,15 +165,21 @@ def make_question(
         "edges": edges[None],
         "globals": np.array([shared], np.float32),
         "history": np.array([view.arrivals.history(view.now_s)], np.float32),
-        "instance_mask": np.ones((1, len(nodes)), np.int8),
+        "instance_mask": view.fleet.mask,
         "mask": mask[None],
-        "kind": np.array([schema.KINDS.index(kind)]),
+        "kind": _KINDS[kind],
     }
     return Question(kind, obs, actions)
 
 
 def blank(instances: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Candidates and edges of nothing to choose; candidate 1 + i stands for instance i."""
+    candidates, edges = _blank(instances, rows)
+    return candidates.copy(), edges.copy()
+
+
+@cache
+def _blank(instances: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     size = schema.most_candidates(instances, rows)
     candidates = np.zeros((size, 3), np.int32)
     candidates[1 : instances + 1, 1] = np.arange(instances)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from envoy.config.core.v3.base_pb2 import HeaderValueOption
@@ -47,6 +48,7 @@ KINDS = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_un
 
 _OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 _DUPLEX, _STREAMED = ProcessingMode.FULL_DUPLEX_STREAMED, ProcessingMode.STREAMED
+_NO_CHANGE, _SEEN = ProcessingResponse(request_headers={}), ProcessingResponse(response_body={})
 _EVENT = re.compile(rb"(?:^|\n)data:(?! ?\[DONE\])")
 _USAGE = re.compile(rb'"(prompt|completion|input|output)_tokens" ?: ?(\d{1,9})\b')
 
@@ -141,7 +143,7 @@ class Exchange:
         if message.request_headers.end_of_stream:
             yield self._place(self._picker.any(self._subset) or NO_ENGINE, "request_headers")
         elif not self._duplex_in:
-            yield ProcessingResponse(request_headers={})
+            yield _NO_CHANGE
 
     def _request_body(self, body: bytes, end: bool) -> Iterator[ProcessingResponse]:
         if not self._duplex_in:
@@ -183,10 +185,7 @@ class Exchange:
         headers = {PICKED: addresses, ORCA_REQUEST: "JSON"}
         if self.flight is not None and self.flight.ask.streams:
             headers[PATIENCE] = f"{self._picker.settings.first_token_timeout_s * 1e3:.0f}"
-        for name, value in headers.items():
-            mutation.set_headers.add(
-                header={"key": name, "raw_value": value.encode()}, append_action=_OVERWRITE
-            )
+        mutation.set_headers.extend([_overwrite(name, value) for name, value in headers.items()])
         response.dynamic_metadata.fields[LB].struct_value.fields[PICKED].string_value = addresses
         return response
 
@@ -226,10 +225,11 @@ class Exchange:
         self._chunks += 1
         if self.flight is not None:
             self._read(self.flight, body)
-        response = ProcessingResponse(response_body={})
-        if self._duplex_out:
-            piece = response.response_body.response.body_mutation.streamed_response
-            piece.body, piece.end_of_stream = body, end
+        if not self._duplex_out:
+            return _SEEN
+        response = ProcessingResponse()
+        piece = response.response_body.response.body_mutation.streamed_response
+        piece.body, piece.end_of_stream = body, end
         return response
 
     def _read(self, flight: Flight, body: bytes) -> None:
@@ -244,6 +244,12 @@ class Exchange:
                     flight.reported_prompt = int(number)
                 else:
                     flight.reported = int(number)
+
+
+@lru_cache(1024)
+def _overwrite(name: str, value: str) -> HeaderValueOption:
+    """A header in place of others of that name."""
+    return HeaderValueOption(header={"key": name, "raw_value": value.encode()}, append_action=_OVERWRITE)
 
 
 def refuse(refusal: Refusal, retry_after_s: int) -> ImmediateResponse:

@@ -81,7 +81,7 @@ class Picker:
 
     def _order(self, flight: Flight, able: list[int], now_s: float) -> list[int]:
         view = self.books.view
-        stale = now_s - min(view.instances[i].scraped_at_s for i in able) > self.settings.stale_s
+        stale = now_s - min([view.instances[i].scraped_at_s for i in able]) > self.settings.stale_s
         with self._only(able):
             question = ask_dispatch(view, flight.request, rows=self.decider.rows)
         action = self.decider.decide(question, stale=stale) if question.is_open else question.actions[0]
@@ -98,14 +98,14 @@ class Picker:
     def _only(self, able: list[int]):
         """Let the view offer these engines only."""
         instances = self.books.view.instances
-        hidden = [x for i, x in enumerate(instances) if x.available and i not in able]
-        for x in hidden:
-            x.available = False
+        hidden = {i for i, x in enumerate(instances) if x.available}.difference(able)
+        for i in hidden:
+            instances[i].available = False
         try:
             yield
         finally:
-            for x in hidden:
-                x.available = True
+            for i in hidden:
+                instances[i].available = True
 
     def _waiting(self, i: int) -> float:
         """Requests that wait at an engine: as it says, or by the books, which know of later ones."""

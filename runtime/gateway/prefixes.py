@@ -62,7 +62,7 @@ class PrefixIndex:
 
     def leading(self, ids: Sequence[int]) -> int:
         """How many of a prompt's blocks it holds from the first one on: all before one that it holds."""
-        if not ids or ids[0] not in self:
+        if not ids or (ids[0] not in self._sent and ids[0] not in self._held):
             return 0
         return bisect_left(range(1, len(ids)), True, key=lambda k: ids[k] not in self) + 1
 

@@ -44,14 +44,16 @@ class Scripted:
 
     name, kinds, needs_oracle = "scripted", ("dispatch",), False
 
-    def __init__(self, answer=1, delay_s: float = 0.0) -> None:
-        self.answer, self.delay_s = answer, delay_s
+    def __init__(self, answer=1, busy_s: float = 0.0) -> None:
+        self.answer, self.busy_s = answer, busy_s
 
     def reset(self, lanes: int, seed: int) -> None:
         pass
 
     def act(self, obs) -> np.ndarray:
-        time.sleep(self.delay_s)
+        until = time.thread_time() + self.busy_s
+        while time.thread_time() < until:
+            pass
         if isinstance(self.answer, Exception):
             raise self.answer
         return np.array([self.answer])
@@ -105,11 +107,11 @@ def test_answers_that_are_none_go_to_the_fallback(answer, told):
 
 
 def test_a_policy_that_was_late_rests_for_nine_times_as_long():
-    policy = Scripted(1, delay_s=0.1)
+    policy = Scripted(1, busy_s=0.1)
     decider = Decider(policy, budget_s=0.05)
     question = dispatch_question()
     assert decider.decide(question) == Dispatch(0)  # late, but there: candidate 1, as it was told
-    policy.delay_s = 0.0
+    policy.busy_s = 0.0
     late = time.monotonic()
     while decider.decide(question) == Dispatch(1):
         time.sleep(0.01)
@@ -120,13 +122,22 @@ def test_a_policy_that_was_late_rests_for_nine_times_as_long():
 
 
 def test_a_policy_that_fails_late_rests_too_and_one_without_a_budget_never_does():
-    decider = Decider(Scripted(KeyError("x"), delay_s=0.02), budget_s=0.001)
+    decider = Decider(Scripted(KeyError("x"), busy_s=0.02), budget_s=0.001)
     for _ in range(2):
         assert decider.decide(dispatch_question()) == Dispatch(1)
     assert counted(decider) == {"mismatch": 1, "timeout": 1}
-    patient = Decider(Scripted(1, delay_s=0.02), budget_s=math.inf)
+    patient = Decider(Scripted(1, busy_s=0.02), budget_s=math.inf)
     for _ in range(2):
         assert patient.decide(dispatch_question()) == Dispatch(0)
+
+
+def test_a_policy_that_waits_for_a_core_is_not_late():
+    policy = Scripted(1)
+    policy.act = lambda obs: time.sleep(0.02) or np.array([1])
+    decider = Decider(policy, budget_s=0.01)
+    for _ in range(2):
+        assert decider.decide(dispatch_question()) == Dispatch(0)
+    assert counted(decider) == {"answered": 2}
 
 
 def test_a_policy_answers_in_the_thread_that_asks():
