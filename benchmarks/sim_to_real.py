@@ -23,10 +23,9 @@ cycles of real plays in which a policy's P50 jumped.
 
 The transformer is wide and not deep, so that nearly all of an iteration is spent in matrix products: both
 instances are threads of one interpreter, which only one of them has at a time, and every small operation
-would wait for it. The router is a third such thread: a dispatch stops both instances for half a millisecond,
-which is calibrated on other requests and predicted. Each instance keeps to a core of its own. That core is
-never idle: on a virtual machine the other one would then be faster (by 6% when it was looked at), which no
-cost model of one engine knows.
+would wait for it. Each instance keeps to a core of its own. That core is never idle: on a virtual machine the
+other one would then be faster (by 6% when it was looked at), which no cost model of one engine knows. The
+router takes half a millisecond of either core for a dispatch, 2 to 3% of TTFT P50, which is not predicted.
 """
 
 from __future__ import annotations
@@ -289,7 +288,6 @@ def main() -> None:
             name: {part: error.median_percent for part, error in c.profile.provenance.held_out.items()}
             for name, c in pair.calibrations.items()
         },
-        "dispatch_us": {name: c.profile.dispatch_us for name, c in pair.calibrations.items()},
         "load": LOAD,
         "requests": REQUESTS,
         "seconds": [round(cycle.seconds, 1) for cycle in cycles],

@@ -38,14 +38,14 @@ def _torch(fleet: ClusterSpec, device: str) -> Player:
     from servegym.runtime.calibrate.machine import check_device
     from servegym.runtime.engine.cluster import EnginePlayer
     from servegym.runtime.engine.config import load_config
-    from servegym.runtime.engine.model import Transformer
+    from servegym.runtime.engine.model import Transformer, geometry
 
     check_device(device)
     models = {}
     for name in dict.fromkeys(spec.profile for spec in fleet.instances):
         profile, config_path = load_profile(name), _beside(profile_path(name), "config.json")
         config = load_config(config_path)
-        found = config.geometry(profile.model.bytes_per_value)
+        found = geometry(config, profile.model.bytes_per_value)
         for field, value in vars(found).items():
             if field != "name" and value != getattr(profile.model, field):
                 hint = f"{name} was measured with another model: {getattr(profile.model, field)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +20,6 @@ from servegym.agents.policy import Policy
 from servegym.envs.cluster.capacity import saturation_rps
 from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.spec import ClusterSpec
-from servegym.envs.costs.profile import load_profile
 from servegym.envs.metrics import class_slos, summarize
 from servegym.envs.records import Records
 from servegym.envs.scenario import Scenario
@@ -174,40 +173,8 @@ def measure(
 
 
 def predict(policy: Policy, scenario: Scenario, episode: Episode, seed: int = 0) -> dict[str, float]:
-    """The same in the model.
-
-    Engines that share an interpreter with their router stand still at every dispatch (`Profile.dispatch_us`),
-    which the model does not know. So it plays on a clock that stands still, too: the k-th request comes k
-    stops earlier, but not before the one that the router is still busy with. Then every time is put back by
-    the stops until then. Gaps between tokens are left as they are.
-    """
-    profiles = [load_profile(spec.profile) for spec in episode.cluster.instances]
-    stop_s, workload = max(p.dispatch_us for p in profiles) * 1e-6, episode.workload
-    due = workload.arrived_at_s - stop_s * np.arange(len(workload))
-    seen = np.maximum.accumulate(due)
-    played = replace(episode, workload=replace(workload, arrived_at_s=seen))
-    records = play(policy, scenario, [played], 1, seed)[0]
-    waited = np.where(workload.after < 0, seen - due, 0.0)
-    return _metrics(_put_back(records, stop_s, waited), episode, scenario)
-
-
-def _put_back(records: Records, stop_s: float, waited: np.ndarray) -> Records:
-    """Records of a clock that stood still at every dispatch; `waited`: until the router looked at each."""
-    arrived = records.arrived_s
-    order = np.argsort(arrived, kind="stable")
-    before = np.empty(len(order))
-    before[order] = np.arange(len(order))
-
-    def later(at_s: np.ndarray) -> np.ndarray:
-        return at_s + stop_s * np.searchsorted(arrived[order], at_s, "right")
-
-    return replace(
-        records,
-        arrived_s=arrived + stop_s * before - waited,
-        dispatched_s=later(records.dispatched_s),
-        first_token_s=later(records.first_token_s),
-        finished_s=later(records.finished_s),
-    )
+    """The same in the model."""
+    return _metrics(play(policy, scenario, [episode], 1, seed)[0], episode, scenario)
 
 
 def make_episode(

@@ -150,8 +150,6 @@ class Profile:
         decode_skew: microseconds per token by which the longest context exceeds the mean, by batch.
         mixed_attention, mixed_skew: the same for decodes in an iteration that also prefills; None: as alone.
         mixed_launch_us: microseconds per decode and token of the longest chunk of such an iteration.
-        dispatch_us: for so long a router in the engines' own process stops all of them to place a request; 0
-            where it runs elsewhere. The cluster model leaves it out, `servegym.runtime.validate` puts it in.
         swap: device to host and back. network: replica to replica. start: a cold engine, by stage.
     """
 
@@ -173,7 +171,6 @@ class Profile:
     mixed_attention: Surface | None = field(kw_only=True, default=None)
     mixed_skew: Curve | None = field(kw_only=True, default=None)
     mixed_launch_us: float = number(0.0, default=0.0)
-    dispatch_us: float = number(0.0, default=0.0)
     swap: Link | None = field(kw_only=True, default=None)
     network: Link | None = field(kw_only=True, default=None)
     start: Start | None = field(kw_only=True, default=None)

@@ -19,12 +19,11 @@ from servegym.runtime.calibrate.fit import errors, fit, with_parts
 from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
 from servegym.runtime.calibrate.machine import Machine, host_bandwidth, memory_bandwidth
 from servegym.runtime.calibrate.measure import beside, measure, typical
-from servegym.runtime.calibrate.routing import dispatch_s
 from servegym.runtime.calibrate.shapes import Axes, Design, Limits, design
 from servegym.runtime.calibrate.start import start_of, warm_up_s, weights_s
 from servegym.runtime.calibrate.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
 from servegym.runtime.engine.instance import Instance
-from servegym.runtime.engine.model import Transformer
+from servegym.runtime.engine.model import Transformer, geometry
 
 MOST_COPIED = 8192  # tokens of the longest copy that is measured
 DOWNTIME_CONTEXTS = tuple(256 << k for k in range(6))  # 256 ... 8k, as in Llumnix, figure 10
@@ -130,10 +129,6 @@ def calibrate(
     count = len(shapes.fitted)
     parts = fit(shapes.axes, shapes.fitted, typical(seconds)[:count] - overhead_s)
     profile = with_parts(fixed, parts)
-    progress("dispatch")
-    placed_s = dispatch_s(model, profile, max(len(instances), 2))
-    profile = replace(profile, dispatch_us=round(placed_s * 1e6, 2))
-    figures["dispatch, us"] = placed_s * 1e6
     held_out = errors(profile, shapes.held_out, typical(seconds)[count:]) | link_errors
     notes = (*_NOTES, f"instances iterating at the same time: {len(instances)}", command)
     origin = replace(profile.provenance, held_out=held_out, notes=notes)
@@ -179,7 +174,7 @@ def _blank(model: Transformer, machine: Machine, limits: Limits, name: str, axes
     now = datetime.now(UTC).date().isoformat()
     return Profile(
         name,
-        model.config.geometry(model.dtype.itemsize),
+        geometry(model.config, model.dtype.itemsize),
         machine.device,
         tensor_parallel=1,
         kv_blocks=limits.kv_blocks,
@@ -204,7 +199,7 @@ def _copies(
 ) -> tuple[dict[str, Copies], dict[str, Link], dict[str, Error]]:
     """Swaps block by block and in groups, both ways, and copies to another instance."""
     limits, config = options.limits, instance.model.config
-    block_bytes = config.geometry(instance.model.dtype.itemsize).kv_bytes_per_token * limits.block_tokens
+    block_bytes = geometry(config, instance.model.dtype.itemsize).kv_bytes_per_token * limits.block_tokens
     most = _most_copied(limits)
     sizes = sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
 

@@ -51,14 +51,12 @@ class EnginePlayer:
         counts: decisions of the last play by `answered` and the reasons for a fallback.
         downtimes: of the last play's migrations, (blocks, seconds from the stop at the source until the KV is
             at the target).
-        dispatches: seconds of each of the last play's dispatches, during which the engines stand still.
     """
 
     def __init__(self, models: Mapping[str, Transformer]) -> None:
         self.models = {profile_path(name): model for name, model in models.items()}
         self.counts: dict[str, int] = {}
         self.downtimes: list[tuple[int, float]] = []
-        self.dispatches: list[float] = []
         self._fleet: tuple[ClusterSpec, int, list[InstanceSettings], list[Instance]] | None = None
 
     def play(self, policy: Policy, scenario: Scenario, episode: Episode, seed: int = 0) -> Records:
@@ -77,7 +75,6 @@ class EnginePlayer:
         with undisturbed():
             played.run()
         self.counts, self.downtimes = router.counts(), played.copier.downtimes
-        self.dispatches = played.dispatches
         return records_of(played.requests, episode, played.start_s)
 
     def close(self) -> None:
@@ -128,23 +125,21 @@ class _Play:
         self.requests = [self._request(row, vocabulary) for row in range(len(episode.workload))]
         self.left, self.warm = len(self.requests), 0
         self.failure: BaseException | None = None
-        self.dispatches: list[float] = []
         self.start_s = 0.0
-        self.events: list[tuple[float, Event, int]] = []
-        self.lever, budget_s = episode.cluster.migration, episode.cluster.budget_period_s
-        periods = {Event.MIGRATE: self.lever.period_s if self.lever else 0.0, Event.BUDGET: budget_s}
-        self.periods = {event: period_s for event, period_s in periods.items() if period_s}
+        self.events: list[tuple[float, Event, int, float]] = []
+        self.lever = episode.cluster.migration
 
     def run(self) -> None:
         """Play to the end."""
         w = self.episode.workload
         for row in np.flatnonzero(w.after < 0).tolist():
             self._push(float(w.arrived_at_s[row]), Event.ARRIVAL, row)
-        for event, period_s in self.periods.items():
-            self._push(period_s, event, 0)
-        if self.router.period_s:
-            for i, at in enumerate(self.router.next_scrape):
-                self._push(at, Event.SCRAPE, i)
+        moves_s, caps_s = self.lever.period_s if self.lever else 0.0, self.episode.cluster.budget_period_s
+        for event, period_s in ((Event.MIGRATE, moves_s), (Event.BUDGET, caps_s)):
+            if period_s:
+                self._push(period_s, event, 0, period_s)
+        for i, at in enumerate(self.router.first_scrapes):
+            self._push(at, Event.SCRAPE, i, self.router.period_s)
         threads = [
             Thread(target=self._serve, args=(instance,), name=f"engine {instance.number}", daemon=True)
             for instance in self.instances
@@ -186,22 +181,20 @@ class _Play:
                 if wait is None or wait > 0:
                     self.wake.wait(wait)
                     continue
-                at, event, which = heapq.heappop(self.events)
+                at, event, which, period_s = heapq.heappop(self.events)
+                if period_s:
+                    self._push(at + period_s, event, which, period_s)
                 self._happen(event, at, which)
 
     def _happen(self, event: Event, at: float, which: int) -> None:
-        if event in self.periods:
-            self._push(at + self.periods[event], event, which)
         if event is Event.ARRIVAL:
             r = self.requests[which]
-            r.arrived_s, begin_s = at, self.now()
-            i = self.router.dispatch(r, begin_s)
+            r.arrived_s = at
+            i = self.router.dispatch(r, self.now())
             r.dispatched_s = self.now()
-            self.dispatches.append(r.dispatched_s - begin_s)
             self.instances[i].scheduler.enqueue(r)
         elif event is Event.SCRAPE:
             self.router.scrape(which, self.now())
-            self._push(at + self.router.period_s, event, which)
         elif event is Event.MIGRATE:
             for r, source, target in self.router.moves(self.now()):
                 self._move(r, source, target)
@@ -211,8 +204,8 @@ class _Play:
                     cap = self.router.cap(instance.number, self.now())
                     instance.scheduler.cap = cap or instance.scheduler.cap
 
-    def _push(self, at: float, event: Event, which: int) -> None:
-        heapq.heappush(self.events, (at, event, which))
+    def _push(self, at: float, event: Event, which: int, period_s: float = 0.0) -> None:
+        heapq.heappush(self.events, (at, event, which, period_s))
 
     def _move(self, r: Request, source: int, target: int) -> None:
         """At once while it waits, by live migration while it decodes."""

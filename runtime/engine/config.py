@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from servegym.envs.costs.profile import Geometry
 from servegym.errors import InputError
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -53,24 +52,6 @@ class ModelConfig:
     qk_norm: bool
     tied: bool
     raw: dict[str, Any]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights, biases and norms included."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        attention = self.hidden * (qkv + self.heads * self.head_dim) + (qkv if self.qkv_bias else 0)
-        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        layer = attention + 3 * self.hidden * self.intermediate + norms
-        ends = self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
-        return self.layers * layer + ends
-
-    def geometry(self, bytes_per_value: int) -> Geometry:
-        """The same shape as a profile names it."""
-        return Geometry(
-            self.name, layers=self.layers, hidden=self.hidden, intermediate=self.intermediate,
-            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, vocabulary=self.vocabulary,
-            parameters=self.parameters, bytes_per_value=bytes_per_value,
-        )  # fmt: skip
 
 
 def config_names() -> list[str]:

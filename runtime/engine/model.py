@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.functional import linear, rms_norm, silu
 
+from servegym.envs.costs.profile import Geometry
 from servegym.errors import InputError
 from servegym.runtime.engine.attention import attend
 from servegym.runtime.engine.batch import Batch
@@ -62,6 +63,15 @@ def parameters(c: ModelConfig) -> Iterator[Parameter]:
         yield Parameter(f"{i}.down", ((f"{layer}mlp.down_proj.weight", c.hidden),), c.intermediate)
         for x in ("input", "post_attention"):
             yield Parameter(f"{i}.{x}_norm", ((f"{layer}{x}_layernorm.weight", c.hidden),), None)
+
+
+def geometry(c: ModelConfig, bytes_per_value: int) -> Geometry:
+    """The shape of a model as a profile names it."""
+    return Geometry(
+        c.name, layers=c.layers, hidden=c.hidden, intermediate=c.intermediate, heads=c.heads,
+        kv_heads=c.kv_heads, head_dim=c.head_dim, vocabulary=c.vocabulary,
+        parameters=sum(math.prod(p.shape) for p in parameters(c)), bytes_per_value=bytes_per_value,
+    )  # fmt: skip
 
 
 class Transformer:

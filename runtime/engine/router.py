@@ -69,15 +69,12 @@ class Router:
         self.placed = np.full(len(workload), -1)  # where each request was last
         self.preemptions = [0] * len(schedulers)
         self.period_s = scenario.scrape_s
-        phases = np.random.default_rng(seed).random(len(schedulers)) * self.period_s
-        self.next_scrape = phases.tolist()
+        phases = np.random.default_rng(seed).random(len(schedulers) if self.period_s else 0)
+        self.first_scrapes = (phases * self.period_s).tolist()
         self.deciders = self._deciders(policy, scenario, seed)
 
     def _deciders(self, policy: Policy, scenario: Scenario, seed: int) -> dict[str, Decider]:
-        """Who answers each kind of question; the kinds that are left out get candidate 0.
-
-        Without a budget, hence in the router's thread: another would wait for a core behind the engines.
-        """
+        """Who answers each kind of question; the kinds that are left out get candidate 0."""
         decisions, rules = roles(policy, scenario, [self.episode])
         mine = Decider(policy, budget_s=inf)
         beside = {

@@ -19,7 +19,7 @@ from servegym.runtime.calibrate.machine import DTYPES, check_device, this_machin
 from servegym.runtime.calibrate.report import PLOTS, write
 from servegym.runtime.calibrate.shapes import Limits
 from servegym.runtime.engine.config import load_config
-from servegym.runtime.engine.model import Transformer
+from servegym.runtime.engine.model import Transformer, geometry
 
 # token budget, sequences, context, KV blocks; None: what fits into the device's memory.
 DEFAULTS = {"cpu": (256, 16, 1024, 1024), "cuda": (2048, 256, 8192, None)}
@@ -123,5 +123,5 @@ class Command:
             return 1
         free, _ = torch.cuda.mem_get_info()
         itemsize = model.dtype.itemsize
-        block = model.config.geometry(itemsize).kv_bytes_per_token * self.block_tokens
+        block = geometry(model.config, itemsize).kv_bytes_per_token * self.block_tokens
         return int(MEMORY_SHARE * free / block / self.neighbours)

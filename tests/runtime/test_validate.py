@@ -7,11 +7,8 @@ import pytest
 
 from servegym.agents.heuristics import make_heuristic
 from servegym.agents.play import play
-from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
-from servegym.envs.costs.profile import load_profile, save_profile
 from servegym.envs.scenario import Scenario
-from servegym.envs.workloads import make_workload
 from servegym.errors import InputError
 from servegym.runtime.validate import (
     FIGURES,
@@ -19,7 +16,6 @@ from servegym.runtime.validate import (
     Validation,
     as_json,
     make_episode,
-    predict,
     rank_correlation,
     validate,
 )
@@ -83,34 +79,6 @@ def test_spread_is_how_far_the_plays_of_one_policy_lie_apart(episode):
     found = compared(Mirror(jitter=0.1), episode, repeats=3)  # 1.1, 1.2 and 1.3 times as slow
     assert found.comparisons[0].spread("e2e_p50_s") == pytest.approx(100 * 0.2 / 1.2)
     assert found.comparisons[0].error("e2e_p50_s") == pytest.approx(100 * (1 / 1.2 - 1))
-
-
-def routed(tmp_path, gaps_s, dispatch_us):
-    """What the model says of four prompts for one engine, with a router that stops it for each."""
-    plain = load_profile("h100-llama-3.1-8b")
-    save_profile(replace(plain, dispatch_us=dispatch_us), tmp_path / "profile.json")
-    cluster = ClusterSpec("one engine", (InstanceSpec(str(tmp_path / "profile.json")),))
-    load = make_workload("four", np.cumsum(gaps_s), [100] * 4, [20] * 4)
-    return predict(make_heuristic("round_robin"), SCENARIO, Episode(load, cluster, load.output_tokens))
-
-
-def test_engines_beside_their_router_stand_still_at_every_dispatch(tmp_path):
-    apart = [1.0, 1.0, 1.0, 1.0]
-    alone, stopped = (routed(tmp_path, apart, us) for us in (0.0, 3000.0))
-    for figure in ("ttft_p50_s", "ttft_p99_s", "e2e_p50_s", "e2e_p99_s"):  # each request waits for its own
-        assert stopped[figure] == pytest.approx(alone[figure] + 0.003, abs=1e-6)
-    assert stopped["tpot_p50_s"] == pytest.approx(alone["tpot_p50_s"], abs=1e-6)
-    crowd = [1.0, 0.01, 0.01, 0.01]  # all come while the first is at work
-    alone, stopped = (routed(tmp_path, crowd, us) for us in (0.0, 3000.0))
-    assert stopped["e2e_p99_s"] == pytest.approx(alone["e2e_p99_s"] + 4 * 0.003, rel=0.02)
-
-
-def test_requests_wait_for_a_router_that_is_slower_than_they_come(tmp_path):
-    crowd = [1.0, 0.001, 0.001, 0.001]
-    alone, stopped = (routed(tmp_path, crowd, us) for us in (0.0, 500_000.0))
-    # The fourth is placed 2 s after the first came, and they all are at work only then.
-    assert stopped["ttft_p99_s"] == pytest.approx(alone["ttft_p99_s"] + 2.0, abs=0.05)
-    assert stopped["ttft_p50_s"] == pytest.approx(alone["ttft_p50_s"] + 2.0, abs=0.05)
 
 
 def test_each_repeat_plays_every_policy_once_in_an_order_of_its_own(episode):

@@ -60,7 +60,6 @@ def test_the_folder_holds_a_profile_with_provenance_and_all_parts(calibrated):
     assert command_line() in origin.notes
     assert any("same time: 2" in note for note in origin.notes)
     assert profile.swap and profile.network and profile.start and profile.overhead_us > 0
-    assert 20 < profile.dispatch_us < 50_000
     assert json.loads((calibrated / "config.json").read_text()) == TINY
 
 

@@ -12,7 +12,7 @@ from servegym.errors import InputError
 from servegym.runtime.engine.batch import build_batch
 from servegym.runtime.engine.config import config_names, load_config
 from servegym.runtime.engine.memory import Memory, allocate_cache
-from servegym.runtime.engine.model import Transformer, parameters, rope_tables
+from servegym.runtime.engine.model import Transformer, geometry, parameters, rope_tables
 from servegym.runtime.engine.request import make_request
 
 LLAMA3 = {
@@ -218,7 +218,7 @@ def test_unknown_names_devices_and_dtypes_are_refused(write_config):
 
 def test_shipped_configs_have_their_published_sizes():
     assert {"llama-3.1-8b", "qwen3-8b"} <= set(config_names())
-    assert load_config("llama-3.1-8b").parameters == 8_030_261_248
-    assert load_config("qwen3-8b").parameters == 8_190_735_360
-    assert load_config("llama-3.1-8b").geometry(2).kv_bytes_per_token == 131_072
+    assert geometry(load_config("llama-3.1-8b"), 2).parameters == 8_030_261_248
+    assert geometry(load_config("qwen3-8b"), 2).parameters == 8_190_735_360
+    assert geometry(load_config("llama-3.1-8b"), 2).kv_bytes_per_token == 131_072
     assert json.dumps(load_config("qwen3-8b").raw)
