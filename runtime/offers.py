@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterable
+from operator import attrgetter
 from typing import Any
 
 from servegym.runtime.view import ClusterView, InstanceView, RequestView
@@ -26,12 +27,7 @@ def _urgency(request: RequestView) -> tuple[int, float, int]:
     return request.priority, request.arrived_s, request.number
 
 
-VICTIM_RULES: tuple[Key, ...] = (
-    _order,
-    lambda r: (r.kv_tokens, _order(r)),
-    lambda r: (r.left_tokens, _order(r)),
-    _urgency,
-)
+VICTIM_RULES: tuple[Key, ...] = (attrgetter("kv_tokens"), attrgetter("left_tokens"), _urgency)
 MOVER_RULES: tuple[Key, ...] = (
     lambda r: (-r.kv_tokens, r.admitted),
     lambda r: (r.kv_tokens, r.admitted),
@@ -54,7 +50,9 @@ def default_victim(instance: InstanceView) -> RequestView:
 
 def victims(instance: InstanceView) -> list[RequestView]:
     """Two favourites of each rule: newest admission, largest KV, most output left, lowest priority."""
-    return _distinct(r for rule in VICTIM_RULES for r in sorted(instance.running, key=rule, reverse=True)[:2])
+    newest = sorted(instance.running, key=_order)  # last; of equals by another rule the newest one goes
+    ranked = (newest, *(sorted(newest, key=rule) for rule in VICTIM_RULES))
+    return _distinct(r for rank in ranked for r in rank[:-3:-1])
 
 
 # --- migration --------------------------------------------------------------------------------------------
