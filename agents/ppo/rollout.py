@@ -19,7 +19,7 @@ import numpy as np
 
 from servegym.envs.cluster.crew import Crew
 from servegym.envs.cluster.kernel import decorators
-from servegym.envs.cluster.observe import Frame
+from servegym.envs.cluster.observe import Frame, copy_frame
 from servegym.envs.cluster.scrape import mix, uniform
 from servegym.envs.cluster.state import PS
 from servegym.envs.cluster.steps import step_lane
@@ -121,7 +121,11 @@ class Collector:
             tally: is read and brought up to date.
         """
         load_weights(self._weights, weights)
-        store = Frame(**{name: obs[name] for name in ARRAYS}, oracle=self._lanes.frame.oracle)
+        rows = steps.actions.size
+        store = Frame(
+            **{name: obs[name].reshape(rows, *obs[name].shape[2:]) for name in ARRAYS},
+            oracle=np.empty((rows, self._lanes.frame.oracle.shape[1])),
+        )
         asked = np.empty((len(tally.decisions), 2), np.int64)
         self._crew.run(
             _play_groups, self._lanes, self._weights, store, steps, tally, np.uint64(self._seed), asked
@@ -130,26 +134,6 @@ class Collector:
     def close(self) -> None:
         """End the threads."""
         self._crew.close()
-
-
-@inlined
-def _keep(frame, l, store, t, b):
-    """Copy a lane's question into a place of the roll-out."""
-    _copy(frame.instances[l].reshape(-1), store.instances[t, b].reshape(-1))
-    _copy(frame.requests[l].reshape(-1), store.requests[t, b].reshape(-1))
-    _copy(frame.candidates[l].reshape(-1), store.candidates[t, b].reshape(-1))
-    _copy(frame.edges[l].reshape(-1), store.edges[t, b].reshape(-1))
-    _copy(frame.globals[l], store.globals[t, b])
-    _copy(frame.history[l], store.history[t, b])
-    _copy(frame.instance_mask[l], store.instance_mask[t, b])
-    _copy(frame.mask[l], store.mask[t, b])
-    store.kind[t, b] = frame.kind[l]
-
-
-@inlined
-def _copy(source, target):
-    for k in range(len(source)):
-        target[k] = source[k]
 
 
 @inlined
@@ -223,7 +207,12 @@ def _furthest_behind(asked, first, last):
 
 @kernel
 def _play_groups(lanes, net, store, steps, tally, seed, asked, scratch, first, last):
-    """Play the groups of lanes first..last-1; `asked` is int64 [B, 2], scratch."""
+    """Play the groups of lanes first..last-1.
+
+    Args:
+        store: `Frame` with a row for each decision of the roll-out.
+        asked: int64 [B, 2], scratch.
+    """
     size, world, out = lanes.rules.group_size, lanes.world, lanes.out
     for start in range(first * size, last * size, size):
         for l in range(start, start + size):
@@ -232,7 +221,7 @@ def _play_groups(lanes, net, store, steps, tally, seed, asked, scratch, first, l
             t, b = k // size, start + k % size
             l = _furthest_behind(asked, start, start + size)
             lane = world.lane[l]
-            _keep(lanes.frame, l, store, t, b)
+            copy_frame(lanes.frame, l, store, t * steps.actions.shape[1] + b)
             steps.lane[t, b], steps.plays[t, b], steps.now_s[t, b] = l, lane.plays, lane.now / PS
             count, value = inlane.forward(net, scratch, lanes.frame, l)
             bits = mix(mix(mix(seed, _DRAWS), l), tally.decisions[l])

@@ -76,7 +76,7 @@ def copy_live(world, scratch, l):
 def _branch(world, frame, scratch, scratch_frame, l, tried, q, horizon, search):
     """Score of an answer with rules q behind it."""
     copy_live(world, scratch, l)
-    copy_frame(frame, scratch_frame, l)
+    copy_frame(frame, l, scratch_frame, l)
     lane = scratch.lane[l]
     end = lane.now + horizon
     # Questions that the stock system's own way answers need not be asked.

@@ -285,14 +285,14 @@ def schedule(world, l, i, now, seen, leaving):
     budget = min(setting.budget, tokens + inst.cap)
     longest = chunk
     if chunk:
-        attention += prefill_ps(world, p, chunk, inst.part_done)
+        attention += prefill_ps(world.tables, p, chunk, inst.part_done)
         tokens += chunk
         sequences += 1
         _compute_prompt(world, l, i, inst.part, inst.part_done, chunk, inst.part_goal)
     if inst.joiner != NONE and tokens < budget:
         past = _join_migrated(world, l, i)
         if past:
-            attention += prefill_ps(world, p, 1, past)
+            attention += prefill_ps(world.tables, p, 1, past)
             longest = max(longest, 1)
             tokens += 1
             sequences += 1
@@ -308,7 +308,7 @@ def schedule(world, l, i, now, seen, leaving):
         chunk, past = _admit(world, l, i, budget - tokens)
         if chunk == 0:
             break
-        attention += prefill_ps(world, p, chunk, past)
+        attention += prefill_ps(world.tables, p, chunk, past)
         longest = max(longest, chunk)
         tokens += chunk
         sequences += 1
@@ -327,10 +327,10 @@ def schedule(world, l, i, now, seen, leaving):
         and inst.joiner == NONE
     ):
         inst.steps = steps_within(world, l, i, before, inst.next_finish - inst.clock)
-        inst.until = now + stretch_ps(world, p, n, inst.context, top, inst.steps)
+        inst.until = now + stretch_ps(world.tables, p, n, inst.context, top, inst.steps)
     else:
         inst.steps = 1
-        ps = iteration_ps(world, p, n, inst.context, top, tokens, sequences, attention, longest)
+        ps = iteration_ps(world.tables, p, n, inst.context, top, tokens, sequences, attention, longest)
         if migration.is_engaged(inst):
             ps += ps * world.episode[world.lane[l].episode].slowdown // 1_000_000
         inst.until = now + ps
@@ -357,7 +357,7 @@ def _last_step_ps(world, l, i):
         return inst.until - inst.begin
     context = inst.context + (inst.steps - 1) * inst.running
     top = inst.top + inst.clock + inst.steps - 1
-    return stretch_ps(world, setting_of(world, l, i).profile, inst.running, context, top, 1)
+    return stretch_ps(world.tables, setting_of(world, l, i).profile, inst.running, context, top, 1)
 
 
 @inlined

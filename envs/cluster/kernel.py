@@ -20,7 +20,9 @@ from typing import Any
 import numba
 
 from servegym.envs.cluster.address import by_address
+from servegym.envs.cluster.indexing import Compiler
 from servegym.envs.cluster.state import World
+from servegym.envs.costs.tables import CostTables
 
 _ROOM = Path(__file__).resolve().parent.parent
 _CONFIG: Any = numba.config  # a module that makes its names as it is imported
@@ -29,8 +31,9 @@ _CONFIG: Any = numba.config  # a module that makes its names as it is imported
 def _cache_folder(more: Sequence[str]) -> str:
     """Folder of the compiled kernels of exactly these sources, and of the constants that they compile in."""
     digest = hashlib.sha256(numba.__version__.encode())
-    constants = [_ROOM / "cluster" / name for name in ("address.py", "kernel.py", "schema.py", "state.py")]
-    sources = [_ROOM / "costs" / "model.py", _ROOM / "scenario.py", *constants, *map(Path, more)]
+    constants = ("address.py", "indexing.py", "kernel.py", "schema.py", "state.py")
+    sources = [_ROOM / "costs" / "model.py", _ROOM / "scenario.py", *map(Path, more)]
+    sources += [_ROOM / "cluster" / name for name in constants]
     for path in (_ROOM / "cluster").glob("*.py"):
         if b"cluster.kernel import" in path.read_bytes():
             sources.append(path)
@@ -58,7 +61,8 @@ def _compiled(folder: str, **options: Any) -> Callable[[Callable], Any]:
         before = _CONFIG.CACHE_DIR
         _CONFIG.CACHE_DIR = folder
         try:
-            return numba.njit(cache=True, error_model="numpy", **options)(function)
+            compiled = numba.njit(cache=True, error_model="numpy", pipeline_class=Compiler, **options)
+            return compiled(function)
         finally:
             _CONFIG.CACHE_DIR = before
 
@@ -69,7 +73,8 @@ def decorators(*sources: str) -> tuple[Callable[[Callable], Any], Callable[[Call
     """`kernel` and `inlined` for a file whose kernels call those of these files too, beside this room's.
 
     Without numba's runtime (`_nrt`) no references are counted: kernels cannot allocate, and passing the world
-    costs nothing. NumPy's error model leaves out the checks for division by zero; every divisor is >= 1.
+    costs nothing. NumPy's error model leaves out the checks for division by zero; every divisor is >= 1. An
+    index of -1 is not the last place (`indexing`).
     """
     folder = _cache_folder(sources)
     return _compiled(folder, _nrt=False, nogil=True), _compiled(
@@ -78,4 +83,5 @@ def decorators(*sources: str) -> tuple[Callable[[Callable], Any], Callable[[Call
 
 
 kernel, inlined = decorators()
-by_address(World)  # not in state.py, which goes without numba
+by_address(CostTables)  # not where they are defined, which goes without numba
+by_address(World)

@@ -39,23 +39,40 @@ def bring_up(world, l, i):
 
 @kernel
 def can_move(world, l, s, d, r):
-    """Whether request r may leave instance s for d now: waiting without KV on the host, or decoding."""
-    req = world.req[l, r]
-    if s == d or req.instance != s or not fits(world, l, d, r):
+    """Whether request r may leave instance s for d now: waiting without KV on the host, or decoding.
+
+    The books of both instances are exact, as `bring_up` makes them.
+    """
+    if world.req[l, r].instance != s:
         return False
     at = position(world, l, s, r)
-    if at == NONE:
-        return req.hosted == 0 and waiting.holds(world, l, s, r)
+    if at != NONE:
+        return may_join(world, l, s, d) and has_room(world, l, s, d, at)
+    return waiting.holds(world, l, s, r) and can_move_waiting(world, l, s, d, r)
+
+
+@kernel
+def can_move_waiting(world, l, s, d, r):
+    """Whether request r, which waits on instance s, may leave for d."""
+    return s != d and world.req[l, r].hosted == 0 and fits(world, l, d, r)
+
+
+@kernel
+def may_join(world, l, s, d):
+    """Whether instance d may take a request that decodes on s: neither migrates, and a sequence is free."""
     source, target = world.instance[l, s], world.instance[l, d]
-    if is_engaged(source) or is_engaged(target) or target.joiner != NONE:
+    if s == d or is_engaged(source) or is_engaged(target) or target.joiner != NONE:
         return False
-    setting = setting_of(world, l, d)
-    if target.running + target.fresh + (target.part != NONE) >= setting.max_seqs:
-        return False
-    bring_up(world, l, s)
-    bring_up(world, l, d)
+    return target.running + target.fresh + (target.part != NONE) < setting_of(world, l, d).max_seqs
+
+
+@kernel
+def has_room(world, l, s, d, at):
+    """Whether instance d has memory for the request at position `at` of instance s."""
+    target, setting = world.instance[l, d], setting_of(world, l, d)
     tokens = _full_blocks(world, l, s, at) * setting_of(world, l, s).block_tokens
-    return blocks_of(setting.block_tokens, tokens) <= target.free - setting.watermark
+    needed = blocks_of(setting.block_tokens, tokens)
+    return needed <= target.free - setting.watermark and fits(world, l, d, world.run[l, s, REQUEST, at])
 
 
 @kernel

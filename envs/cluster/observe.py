@@ -100,19 +100,19 @@ def _copy_rows(source, target):
         _copy(source[k], target[k])
 
 
-@kernel
-def copy_frame(source, target, l):
-    """Copy lane l's observation into another frame."""
-    _copy_rows(source.instances[l], target.instances[l])
-    _copy_rows(source.requests[l], target.requests[l])
-    _copy_rows(source.candidates[l], target.candidates[l])
-    _copy_rows(source.edges[l], target.edges[l])
-    _copy(source.globals[l], target.globals[l])
-    _copy(source.history[l], target.history[l])
-    _copy(source.instance_mask[l], target.instance_mask[l])
-    _copy(source.mask[l], target.mask[l])
-    target.kind[l] = source.kind[l]
-    _copy(source.oracle[l], target.oracle[l])
+@inlined
+def copy_frame(source, l, target, place):
+    """Copy the observation in row l of a frame to a row of another one."""
+    _copy_rows(source.instances[l], target.instances[place])
+    _copy_rows(source.requests[l], target.requests[place])
+    _copy_rows(source.candidates[l], target.candidates[place])
+    _copy_rows(source.edges[l], target.edges[place])
+    _copy(source.globals[l], target.globals[place])
+    _copy(source.history[l], target.history[place])
+    _copy(source.instance_mask[l], target.instance_mask[place])
+    _copy(source.mask[l], target.mask[place])
+    target.kind[place] = source.kind[l]
+    _copy(source.oracle[l], target.oracle[place])
 
 
 @kernel
@@ -316,7 +316,7 @@ def step_s(world, p, n, context, j):
     """
     if n == 0:
         return 0.0, j
-    knot = world.decode_knot
+    knot = world.tables.decode_knot
     while j < knot.shape[1] - 1 and n * knot[p, j + 1] <= context:
         j += 1
     while n * knot[p, j] > context:
@@ -330,12 +330,13 @@ def prefill_s(world, p, uncached, past, budget):
 
     Attention grows linearly with the past, so all full chunks together cost as many at their mean past.
     """
+    tables = world.tables
     full = (uncached - 1) // budget
     rest = uncached - full * budget
-    ps = world.linear[p, rest] + world.head[p, 1] + prefill_ps(world, p, rest, past + full * budget)
+    ps = tables.linear[p, rest] + tables.head[p, 1] + prefill_ps(tables, p, rest, past + full * budget)
     if full:
-        attention = prefill_ps(world, p, budget, past + (full - 1) * budget // 2)
-        ps += full * (world.linear[p, budget] + world.head[p, 1] + attention)
+        attention = prefill_ps(tables, p, budget, past + (full - 1) * budget // 2)
+        ps += full * (tables.linear[p, budget] + tables.head[p, 1] + attention)
     return ps * SECOND
 
 

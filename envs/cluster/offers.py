@@ -1,7 +1,8 @@
 """What a question offers to choose from: victims, requests that may move, and pairs of instances.
 
 A question names a few of what may be hundreds: the favourites of published rules, so that each of these rules
-can be played and an agent can mix them. Offers stand in `World.offer`, one request a row of the observation.
+can be played and an agent can mix them. Offers stand in `World.offer`, one request a row of the observation,
+and where requests may move to in `World.receiver`; NONE stands behind the last.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.envs.cluster.kernel import kernel
-from servegym.envs.cluster.migration import bring_up, can_move, default_mover, freeness, is_engaged
+from servegym.envs.cluster.migration import (
+    bring_up,
+    can_move,
+    can_move_waiting,
+    default_mover,
+    freeness,
+    has_room,
+    is_engaged,
+    may_join,
+)
 from servegym.envs.cluster.running import position
 from servegym.envs.cluster.scrape import steps_done
 from servegym.envs.cluster.state import FINISH, NEVER, NONE, OFFSET, ORDER, REQUEST
@@ -143,12 +153,13 @@ def offer_movers(world, l, s, d):
     """
     inst = world.instance[l, s]
     n = 0
+    world.offer[l, :] = NONE
     default = default_mover(world, l, s)
     if default != NONE and can_move(world, l, s, d, default):
         n = _offer(world, l, n, default)
     smallest, largest, most_left, newest = NONE, NONE, NONE, NONE
-    for at in range(inst.running):
-        if can_move(world, l, s, d, world.run[l, s, REQUEST, at]):
+    for at in range(inst.running if may_join(world, l, s, d) else 0):
+        if has_room(world, l, s, d, at):
             smallest = _favoured(world, l, s, SMALLEST, at, smallest)
             largest = _favoured(world, l, s, LARGEST, at, largest)
             most_left = _favoured(world, l, s, MOST_LEFT, at, most_left)
@@ -157,7 +168,7 @@ def offer_movers(world, l, s, d):
         if at != NONE:
             n = _offer(world, l, n, world.run[l, s, REQUEST, at])
     for r in (inst.tail, inst.head):
-        if r != NONE and can_move(world, l, s, d, r):
+        if r != NONE and can_move_waiting(world, l, s, d, r):
             n = _offer(world, l, n, r)
     return n
 
@@ -166,12 +177,13 @@ def offer_movers(world, l, s, d):
 def is_legal_pair(world, l, s, d):
     """Whether any request that `offer_movers` would offer may move from instance s to d."""
     inst = world.instance[l, s]
-    for r in (default_mover(world, l, s), inst.tail, inst.head):
-        if r != NONE and can_move(world, l, s, d, r):
+    for r in (inst.tail, inst.head):
+        if r != NONE and can_move_waiting(world, l, s, d, r):
             return True
-    for at in range(inst.running):  # noqa: SIM110 (numba would allocate for a generator)
-        if can_move(world, l, s, d, world.run[l, s, REQUEST, at]):
-            return True
+    if may_join(world, l, s, d):
+        for at in range(inst.running):
+            if has_room(world, l, s, d, at):
+                return True
     return False
 
 
@@ -200,83 +212,69 @@ def _may_take(world, l, i):
 
 
 @kernel
-def _source_key(world, l, i):
-    """Sources come in this order, smallest first: draining ones, then the least free."""
-    return (0.0 if _drains(world, l, i) else 1.0), world.instance[l, i].freeness, float(i)
+def _precedes(world, l, a, b, as_source):
+    """Whether instance a > b is offered before b.
+
+    Sources: draining ones, then the least free. Destinations: the freest; those engaged, which take no KV,
+    last.
+    """
+    one, other = world.instance[l, a], world.instance[l, b]
+    if as_source:
+        first, second = _drains(world, l, a), _drains(world, l, b)
+        return first if first != second else one.freeness < other.freeness
+    first, second = is_engaged(one) or one.joiner != NONE, is_engaged(other) or other.joiner != NONE
+    return second if first != second else one.freeness > other.freeness
 
 
 @kernel
-def _destination_key(world, l, i):
-    """Destinations come in this order, smallest first: the freest; those engaged, which take no KV, last."""
-    inst = world.instance[l, i]
-    busy = is_engaged(inst) or inst.joiner != NONE
-    return (1.0 if busy else 0.0), -inst.freeness, float(i)
-
-
-@kernel
-def next_source(world, l, previous):
-    """The source that is offered after instance `previous`, the first after NONE; NONE behind the last."""
-    best = NONE
+def _rank(world, l, chosen, as_source):
+    """Let `chosen`, int32, be the instances that come first as sources or as destinations, then NONE."""
+    n = 0
     for i in range(world.lane[l].instances):
-        if not _may_give(world, l, i):
+        if not (_may_give(world, l, i) if as_source else _may_take(world, l, i)):
             continue
-        key = _source_key(world, l, i)
-        later = previous == NONE or key > _source_key(world, l, previous)
-        if later and (best == NONE or key < _source_key(world, l, best)):
-            best = i
-    return best
+        if n < len(chosen):
+            n += 1
+        elif not _precedes(world, l, i, chosen[n - 1], as_source):
+            continue
+        k = n - 1
+        while k > 0 and _precedes(world, l, i, chosen[k - 1], as_source):
+            chosen[k] = chosen[k - 1]
+            k -= 1
+        chosen[k] = i
+    chosen[n:] = NONE
 
 
 @kernel
-def next_destination(world, l, previous):
-    """The destination that is offered after instance `previous`, as `next_source`."""
-    best = NONE
-    for i in range(world.lane[l].instances):
-        if not _may_take(world, l, i):
-            continue
-        key = _destination_key(world, l, i)
-        later = previous == NONE or key > _destination_key(world, l, previous)
-        if later and (best == NONE or key < _destination_key(world, l, best)):
-            best = i
-    return best
-
-
-@kernel
-def offer_sources(world, l):
-    """Offer the migration's sources, each as the request that would go by default.
+def offer_pairs(world, l):
+    """Offer the migration's destinations, and its sources, each as the request that would go by default.
 
     While a migration is in flight nothing that decodes may go: then it is the tail of the waiting list.
 
     Returns:
-        how many there are; their freeness, and that of all instances, is up to date.
+        whether any pair is legal.
     """
-    for i in range(world.lane[l].instances):
-        bring_up(world, l, i)
-        world.instance[l, i].freeness = freeness(world, l, i)
-    n, s = 0, next_source(world, l, NONE)
-    while s != NONE and n < SOURCES:
+    lane = world.lane[l]
+    if lane.pairs == 0:  # the first question of a tick; later ones leave out what has changed since
+        for i in range(lane.instances):
+            bring_up(world, l, i)
+            world.instance[l, i].freeness = freeness(world, l, i)
+    sources, receivers = world.offer[l, :SOURCES], world.receiver[l]
+    _rank(world, l, sources, True)
+    _rank(world, l, receivers, False)
+    found = False
+    for a in range(SOURCES):
+        s = np.int64(sources[a])
+        if s == NONE:
+            break
+        for b in range(DESTINATIONS):
+            found = found or (receivers[b] != NONE and is_legal_pair(world, l, s, np.int64(receivers[b])))
         inst = world.instance[l, s]
-        world.offer[l, n] = inst.tail if is_engaged(inst) else default_mover(world, l, s)
-        n, s = n + 1, next_source(world, l, s)
-    return n
+        sources[a] = inst.tail if is_engaged(inst) else default_mover(world, l, s)
+    return found
 
 
 @kernel
 def source_of(world, l, a):
     """The instance of the source that is offered as number a."""
     return np.int64(world.req[l, world.offer[l, a]].instance)
-
-
-@kernel
-def has_pair(world, l):
-    """Whether any pair of instances that would be offered now is legal."""
-    for a in range(offer_sources(world, l)):
-        s = source_of(world, l, a)
-        d = next_destination(world, l, NONE)
-        for _ in range(DESTINATIONS):
-            if d == NONE:
-                break
-            if is_legal_pair(world, l, s, d):
-                return True
-            d = next_destination(world, l, d)
-    return False

@@ -56,10 +56,8 @@ from servegym.envs.cluster.observe import (
 )
 from servegym.envs.cluster.offers import (
     DESTINATIONS,
+    SOURCES,
     is_legal_pair,
-    next_destination,
-    offer_movers,
-    offer_sources,
     offer_victims,
     progress,
     source_of,
@@ -75,7 +73,10 @@ LEAST_CAP = 16
 
 @inlined
 def observe(world, frame, l):
-    """Write the observation of lane l's open question; call it once per question, offers included."""
+    """Write the observation of lane l's open question; call it once per question.
+
+    What may move where has been offered; victims are offered here.
+    """
     lane = world.lane[l]
     if lane.question == DISPATCH:
         observe_dispatch(world, frame, l)
@@ -187,16 +188,16 @@ def _shared_blocks(world, l, i, r):
 
 @kernel
 def _observe_migrate(world, frame, l):
-    for a in range(offer_sources(world, l)):
-        r, s = np.int64(world.offer[l, a]), source_of(world, l, a)
+    for a in range(SOURCES):
+        r = np.int64(world.offer[l, a])
+        if r == NONE:
+            break
+        s = source_of(world, l, a)
         _request(world, frame, l, a, r)
-        d = next_destination(world, l, NONE)
         for b in range(DESTINATIONS):
-            if d == NONE:
-                break
-            if is_legal_pair(world, l, s, d):
+            d = np.int64(world.receiver[l, b])
+            if d != NONE and is_legal_pair(world, l, s, d):
                 _move(world, frame, l, 1 + DESTINATIONS * a + b, a, r, s, d)
-            d = next_destination(world, l, d)
     frame.edges[l, 0, IS_DEFAULT] = 1.0
     frame.candidates[l, 0, 1] = source_of(world, l, 0)
 
@@ -204,8 +205,10 @@ def _observe_migrate(world, frame, l):
 @kernel
 def _observe_move(world, frame, l):
     s, d = world.lane[l].asker, world.lane[l].target
-    for k in range(offer_movers(world, l, s, d)):
+    for k in range(world.offer.shape[1]):
         r = np.int64(world.offer[l, k])
+        if r == NONE:
+            break
         _request(world, frame, l, k, r)
         _move(world, frame, l, 1 + k, k, r, s, d)
     set_default(frame, l, 1)
@@ -268,9 +271,10 @@ def _cap(world, frame, l, c, cap, past, tokens):
     p, n = setting.profile, inst.running
     context = inst.context + steps_done(inst, world.lane[l].now) * n
     chunk = min(cap, setting.budget - n)
-    attention = prefill_ps(world, p, chunk, past)
+    attention = prefill_ps(world.tables, p, chunk, past)
     top, sequences = context // max(n, 1), min(n + 1, setting.max_seqs)
-    iteration = iteration_ps(world, p, n, context, top, n + chunk, sequences, attention, chunk) * SECOND
+    ps = iteration_ps(world.tables, p, n, context, top, n + chunk, sequences, attention, chunk)
+    iteration = ps * SECOND
     _candidate(frame, l, c, 0, i, NONE)
     edge = frame.edges[l, c]
     edge[PREFILL_CAP] = cap

@@ -14,7 +14,6 @@ from servegym.envs.cluster.reference_instance import Instance, Request
 from servegym.envs.cluster.reference_migration import Migration
 from servegym.envs.cluster.state import NEVER, PS, World
 from servegym.envs.costs.reference import ReferenceCosts
-from servegym.envs.costs.tables import CostTables
 from servegym.envs.records import Records
 
 
@@ -49,7 +48,7 @@ class ReferenceCluster:
     ) -> None:
         self.entry = entry = world.episode[episode]
         self.choose, self.tick, self.budget = choose, tick, budget
-        costs = ReferenceCosts(CostTables(**{name: getattr(world, name) for name in CostTables._fields}))
+        costs = ReferenceCosts(world.tables)
         settings = world.setting[entry["fleet"]][: world.fleet_size[entry["fleet"]]]
 
         def choose_victim(i: int, running: list[Request]) -> tuple[Request, bool] | None:

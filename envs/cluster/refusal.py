@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.envs.cluster.observe import Frame
-from servegym.envs.cluster.offers import DESTINATIONS, next_destination, offer_sources
+from servegym.envs.cluster.offers import DESTINATIONS, SOURCES
 from servegym.envs.cluster.schema import KINDS
 from servegym.envs.cluster.state import NONE, World
 
@@ -53,10 +53,12 @@ def _preempt(world: World, frame: Frame, lane: int, action: int) -> str:
 
 def _migrate(world: World, frame: Frame, lane: int, action: int) -> str:
     a, b = divmod(action - 1, DESTINATIONS)
-    sources = [int(world.req[lane, r]["instance"]) for r in world.offer[lane, : offer_sources(world, lane)]]
+    offered = world.offer[lane, :SOURCES]
+    sources = world.req[lane]["instance"][offered[offered != NONE]].tolist()
     if a >= len(sources):
         return f"{len(sources)} sources are offered, and this answer names none of them"
-    destinations = _destinations(world, lane)
+    receivers = world.receiver[lane]
+    destinations = receivers[receivers != NONE].tolist()
     if b >= len(destinations):
         instances = range(world.lane[lane]["instances"])
         excluded = [_unavailable(world, lane, i) for i in instances if i not in destinations]
@@ -67,16 +69,6 @@ def _migrate(world: World, frame: Frame, lane: int, action: int) -> str:
     engaged = filter(None, (_unavailable(world, lane, i) for i in (source, destination)))
     lacking = f"instance {destination} lacks memory or a place for any request of instance {source}"
     return next(engaged, lacking)
-
-
-def _destinations(world: World, lane: int) -> list[int]:
-    """The instances that a migration may go to, in the order of the answers."""
-    found: list[int] = []
-    d = next_destination(world, lane, NONE)
-    while d != NONE and len(found) < DESTINATIONS:
-        found.append(int(d))
-        d = next_destination(world, lane, d)
-    return found
 
 
 def _unavailable(world: World, lane: int, i: int) -> str | None:

@@ -66,10 +66,10 @@ def cut(world, l, i, now):
         return
     p = setting_of(world, l, i).profile
     top = inst.top + inst.clock
-    steps = steps_to_reach(world, p, inst.running, inst.context, top, inst.steps, now - inst.begin)
+    steps = steps_to_reach(world.tables, p, inst.running, inst.context, top, inst.steps, now - inst.begin)
     if steps < inst.steps:
         inst.steps = steps
-        inst.until = inst.begin + stretch_ps(world, p, inst.running, inst.context, top, steps)
+        inst.until = inst.begin + stretch_ps(world.tables, p, inst.running, inst.context, top, steps)
 
 
 @inlined

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from servegym.envs.costs.tables import CostTables
+
 PS = 1_000_000_000_000  # picoseconds of a second
 # Typed by numpy, since a literal would compile kernels once more; kernels mix them with plain integers.
 NEVER: Any = np.int64(2**62)
@@ -135,6 +137,7 @@ class World(NamedTuple):
     sleeper: np.ndarray  # SLEEPER [L, Z]; heap of closed-loop turns that wait for their time
     history: np.ndarray  # float64 [L, HISTORY]; arrivals a second, ring
     offer: np.ndarray  # int32 [L, OFFERS]; requests that the open question is about, row by row
+    receiver: np.ndarray  # int32 [L, DESTINATIONS]; instances that the open migration may go to
     # shared
     row: np.ndarray  # ROW [R]
     prefix: np.ndarray  # int32; prefix ids of all rows
@@ -142,24 +145,12 @@ class World(NamedTuple):
     setting: np.ndarray  # SETTING [F, I]
     fleet_size: np.ndarray  # int64 [F]
     glance: np.ndarray  # float32 [P, S + 1, J, 2]; a decode step at each knot, and per token more, s
-    # cost tables, the fields of CostTables: kernels give the world itself to the cost model, since a parallel
-    # loop takes a flat tuple only
-    linear: np.ndarray
-    head: np.ndarray
-    decode_knot: np.ndarray
-    decode_base: np.ndarray
-    decode_slope: np.ndarray
-    decode_skew: np.ndarray
-    mixed_base: np.ndarray
-    mixed_slope: np.ndarray
-    mixed_skew: np.ndarray
-    mixed_launch: np.ndarray
-    chunk_knot: np.ndarray
-    past_knot: np.ndarray
-    prefill: np.ndarray
+    tables: CostTables
 
 
-OWNED = ("lane", "instance", "run", "residue", "req", "unit", "slot", "sleeper", "history", "offer")
+OWNED = (
+    "lane", "instance", "run", "residue", "req", "unit", "slot", "sleeper", "history", "offer", "receiver",
+)  # fmt: skip
 
 
 def lane_bytes(world: World) -> int:

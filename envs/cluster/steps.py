@@ -15,7 +15,7 @@ from servegym.envs.cluster.address import by_address
 from servegym.envs.cluster.kernel import inlined, kernel
 from servegym.envs.cluster.lane import AGENT, advance, close_tick, dispatch, move, restart, take_pair
 from servegym.envs.cluster.observe import PREFILL_CAP, SWAP, copy_frame, observe_end, start_frame
-from servegym.envs.cluster.offers import has_pair, offer_movers
+from servegym.envs.cluster.offers import offer_movers, offer_pairs
 from servegym.envs.cluster.preemption import default_victim, preempt
 from servegym.envs.cluster.questions import observe
 from servegym.envs.cluster.reward import collect
@@ -125,7 +125,7 @@ def run_to_question(world, frame, l, rules):
         if kind == END:
             observe_end(world, frame, l)
             return END
-        if kind == MIGRATE and not has_pair(world, l):
+        if kind == MIGRATE and not offer_pairs(world, l):
             close_tick(world, l)
             continue
         if kind == MOVE and offer_movers(world, l, lane.asker, lane.target) < 2:
@@ -182,7 +182,7 @@ def step_lane(world, frame, final, finished, out, rules, action, l):
         for r in range(lane.rows):
             finished.req[l, r] = world.req[l, r]
         if rules.same_step:
-            copy_frame(frame, final, l)
+            copy_frame(frame, l, final, l)
             begin(world, frame, rules, l)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from servegym.envs.cluster.episode import Episode
+from servegym.envs.cluster.offers import DESTINATIONS
 from servegym.envs.cluster.schema import HISTORY, OFFERS
 from servegym.envs.cluster.settings import DECODE_CONTEXT, DECODE_REQUESTS, MOST_S, setting_of_spec
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
@@ -81,13 +82,14 @@ def build_world(
         sleeper=np.zeros((lanes, max(_sessions(w) for w in workloads)), SLEEPER),
         history=np.zeros((lanes, HISTORY)),
         offer=np.zeros((lanes, OFFERS), np.int32),
+        receiver=np.zeros((lanes, DESTINATIONS), np.int32),
         row=rows,
         prefix=prefixes,
         episode=bank,
         setting=settings,
         fleet_size=sizes,
         glance=glance(tables),
-        **tables._asdict(),
+        tables=tables,
     )
     seed_lanes(world, seed)
     return world

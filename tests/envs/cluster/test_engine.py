@@ -18,7 +18,6 @@ from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec, parse_cluster
 from servegym.envs.cluster.state import NONE, copy_lane, lane_bytes, restore, snapshot
 from servegym.envs.cluster.world import build_world
 from servegym.envs.costs.reference import ReferenceCosts
-from servegym.envs.costs.tables import CostTables
 from servegym.envs.workloads import generate
 from servegym.envs.workloads.workload import Workload, make_workload
 
@@ -203,7 +202,7 @@ def test_one_request_costs_what_its_iterations_cost():
     cluster = parse_cluster("1xa100-llama-3.1-8b", token_budget=512, max_seqs=8)
     records = simulate(cluster, workload)
     world = build_world([Episode(workload, cluster, workload.output_tokens)], 1)
-    costs = ReferenceCosts(CostTables(**{k: getattr(world, k) for k in CostTables._fields}))
+    costs = ReferenceCosts(world.tables)
     prefill = costs.iteration_ps(0, [], [(512, 0)]) + costs.iteration_ps(0, [], [(488, 512)])
     decode = [costs.iteration_ps(0, [context], []) for context in (1001, 1002, 1003, 1004)]
     assert records.first_token_s[0] == pytest.approx(1.0 + prefill / 1e12, abs=1e-12)
@@ -228,7 +227,7 @@ def test_asynchronous_scheduling_admits_one_iteration_later(asynchronous):
     workload = make_workload("seat", [0.0] * 3, [16] * 3, [3, 40, 2])
     cluster = parse_cluster("1xa100-llama-3.1-8b", max_seqs=2, async_scheduling=asynchronous)
     world = build_world([Episode(workload, cluster, workload.output_tokens)], 1)
-    costs = ReferenceCosts(CostTables(**{k: getattr(world, k) for k in CostTables._fields}))
+    costs = ReferenceCosts(world.tables)
     prompt = [(16, 0)]
     shapes = [([], prompt), ([17], prompt), ([18, 17], [])]  # the first request has finished
     shapes += [([18], []), ([19], prompt)] if asynchronous else [([18], prompt)]

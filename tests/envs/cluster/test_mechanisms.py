@@ -202,6 +202,8 @@ def play(world: World, answers: Answers) -> None:
                 req = world.req[0]
                 here = np.flatnonzero((req["instance"] != NONE) & (req["finished"] == NEVER)).tolist()
                 places = [(r, int(req[r]["instance"])) for r in here]
+                for k in numbers:
+                    migration.bring_up(world, 0, k)
                 for s, d, r in answers.moves(now, places, len(numbers)):
                     if migration.can_move(world, 0, s, d, r):
                         migration.move(world, 0, s, d, r)

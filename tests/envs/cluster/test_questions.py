@@ -12,7 +12,7 @@ from servegym.envs.cluster import schema
 from servegym.envs.cluster.episode import Episode
 from servegym.envs.cluster.lane import AGENT, advance, close_tick, restart
 from servegym.envs.cluster.observe import Frame, make_frame, start_frame
-from servegym.envs.cluster.offers import has_pair, offer_movers
+from servegym.envs.cluster.offers import offer_movers, offer_pairs
 from servegym.envs.cluster.preemption import default_victim
 from servegym.envs.cluster.questions import observe
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec, Migration
@@ -85,9 +85,11 @@ def play(world: World, frame: Frame, seed: int = 0):
         kind = MOVE if lane["question"] == MOVE else advance(world, 0, AGENT)
         if kind == END:
             return
-        if kind == MIGRATE and not has_pair(world, 0):
+        if kind == MIGRATE and not offer_pairs(world, 0):
             close_tick(world, 0)
             continue
+        if kind == MOVE:
+            offer_movers(world, 0, lane["asker"], lane["target"])
         copy_lane(world, 0, 1)
         observe(world, frame, 0)
         yield kind
@@ -177,14 +179,15 @@ class Plain:
     def step_s(self, i: int, n: int, context: int) -> float:
         if n == 0:
             return 0.0
-        return iteration_ps(self.world, self.setting[i]["profile"], n, context, context // n, n, n, 0, 0) / PS
+        p = self.setting[i]["profile"]
+        return iteration_ps(self.world.tables, p, n, context, context // n, n, n, 0, 0) / PS
 
     def prefill_s(self, i: int, tokens: int, past: int) -> float:
         total, p = 0, self.setting[i]["profile"]
         while tokens > 0:
             chunk = min(tokens, int(self.inst[i]["cap"]))
-            attention = prefill_ps(self.world, p, chunk, past)
-            total += iteration_ps(self.world, p, 0, 0, 0, chunk, 1, attention, chunk)
+            attention = prefill_ps(self.world.tables, p, chunk, past)
+            total += iteration_ps(self.world.tables, p, 0, 0, 0, chunk, 1, attention, chunk)
             tokens, past = tokens - chunk, past + chunk
         return total / PS
 
@@ -475,9 +478,9 @@ def check_budget(plain: Plain, frame: Frame) -> None:
     n, context, p = len(contexts), sum(contexts), setting["profile"]
     for c, cap in enumerate([inst["cap"], 128, 64, 32, 16, 16]):
         chunk = int(min(cap, setting["budget"] - n))
-        attention = prefill_ps(plain.world, p, chunk, past)
+        attention = prefill_ps(plain.world.tables, p, chunk, past)
         iteration = iteration_ps(
-            plain.world, p, n, context, context // n, n + chunk, n + 1, attention, chunk
+            plain.world.tables, p, n, context, context // n, n + chunk, n + 1, attention, chunk
         )  # fmt: skip
         assert frame.candidates[0, c].tolist() == [0, i, -1]
         near(
