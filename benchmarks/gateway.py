@@ -43,6 +43,7 @@ ROUNDS, LOAD = 3, Load(seconds=5)
 WARM = Load(seconds=3, seed=ROUNDS)  # unseen by the fronts; engines are slow at first, whoever comes first
 BENCH_PROMPTS = 120
 IDLE_S = 3.0  # with the picker up and nobody asking
+SCRAPE_S = "1"  # less often than by default: what is taken off for scrapes shall be small beside the rest
 WARM_UP, HOPS = 10, 40  # requests of one token
 
 WATCHED, UNWATCHED = "picker", "picker, unwatched streams"
@@ -92,32 +93,36 @@ def measure(fronts: dict[str, Open], folder: Path) -> tuple[dict, dict]:
     """Rounds of locust, the fronts taking turns; rows by front, and what pickers cost by front."""
     rows: dict[str, list[dict]] = {name: [] for name in fronts}
     costs: dict[str, list[dict[str, float]]] = {}
-    for number in range(ROUNDS):
-        names = list(fronts)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            with fronts[name]() as front:
-                for _ in range(WARM_UP):
-                    _one_token_ms(_port(front))
-                idle = idle_share(front) if front.metrics else 0.0
-                answers, cost = play(front, replace(LOAD, seed=number), folder)
-            rows[name].append(summary(answers, LOAD.seconds))
-            rows[name][-1]["envoy_cpu_ms_per_request"] = 1e3 * cost["envoy_s"] / len(answers)
-            print(f"round {number + 1}, {name}: {_line(rows[name][-1])}")
-            if failures := why_failed(answers):
-                print(f"    failed: {failures}")
-            if "decisions" in cost:
-                beyond = cost["picker_s"] - idle * cost["at_s"]
-                costs.setdefault(name, []).append(
-                    {
-                        "decisions": cost["decisions"],
-                        # Envoy goes on without a picker that does not answer in time.
-                        "requests_past_the_picker": len(answers) - cost["decisions"],
-                        "answered_by_the_policy": cost["answered"] / cost["decisions"],
-                        "cpu_ms_per_decision": 1e3 * beyond / cost["decisions"],
-                        "idle_cpu_percent": 100 * idle,
-                    }
-                )
+    for number, name in _turns(fronts):
+        with fronts[name]() as front:
+            for _ in range(WARM_UP):
+                _one_token_ms(_port(front))
+            idle = idle_share(front) if front.metrics else 0.0
+            answers, cost = play(front, replace(LOAD, seed=number), folder)
+        rows[name].append(summary(answers, LOAD.seconds))
+        rows[name][-1]["envoy_cpu_ms_per_request"] = 1e3 * cost["envoy_s"] / len(answers)
+        print(f"round {number + 1}, {name}: {_line(rows[name][-1])}")
+        if failures := why_failed(answers):
+            print(f"    failed: {failures}")
+        if "decisions" in cost:
+            beyond = cost["picker_s"] - idle * cost["at_s"]
+            costs.setdefault(name, []).append(
+                {
+                    "decisions": cost["decisions"],
+                    # Envoy goes on without a picker that does not answer in time.
+                    "requests_past_the_picker": len(answers) - cost["decisions"],
+                    "answered_by_the_policy": cost["answered"] / cost["decisions"],
+                    "cpu_ms_per_decision": 1e3 * beyond / cost["decisions"],
+                    "idle_cpu_percent": 100 * idle,
+                }
+            )
     return tuple({name: _spreads(several) for name, several in x.items()} for x in (rows, costs))
+
+
+def _turns(fronts: dict[str, Open]) -> list[tuple[int, str]]:
+    """Rounds in which the fronts take turns, each time another one first."""
+    names = list(fronts)
+    return [(k, name) for k in range(ROUNDS) for name in names[k % len(names) :] + names[: k % len(names)]]
 
 
 def hop(fronts: dict[str, Open], engine: Engine) -> dict[str, float]:
@@ -176,24 +181,27 @@ def run(folder: Path) -> None:
         fronts: dict[str, Open] = {
             name: partial(stock_envoy, name, engines, folder) for name in ("round robin", "least request")
         }
-        fronts[WATCHED] = partial(picker, policy, engines, folder, "--max-seqs", str(MAX_SEQS))
+        flags = "--max-seqs", str(MAX_SEQS), "--scrape-s", SCRAPE_S
+        fronts[WATCHED] = partial(picker, policy, engines, folder, *flags)
         fronts[UNWATCHED] = partial(fronts[WATCHED], "--watch-per-s", "0")
         with fronts["round robin"]() as front:
             play(front, WARM, folder)
         rows, costs = measure(fronts, folder)
-        bench = {}
         del fronts[UNWATCHED]  # what clients see is the same
-        for name, open_front in fronts.items():
-            with open_front() as front:
-                bench[name] = vllm_bench(front.url, folder, BENCH_PROMPTS, LOAD.users)
-            print(f"vllm bench serve, {name}: {_line(bench[name])}")
+        bench: dict[str, list[dict]] = {name: [] for name in fronts}
+        for number, name in _turns(fronts):
+            with fronts[name]() as front:
+                bench[name].append(vllm_bench(front.url, folder, BENCH_PROMPTS, LOAD.users))
+            print(f"vllm bench serve, round {number + 1}, {name}: {_line(bench[name][-1])}")
         hops = hop(fronts, engines[0])
         print("added to one token: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in hops.items()))
     detail = {
         "picker's CPU": costs,
         "hop_ms": hops,
         f"locust, {LOAD.users} users": rows,
-        f"vllm bench serve, {BENCH_PROMPTS} prompts": bench,
+        f"vllm bench serve, {BENCH_PROMPTS} prompts": {
+            name: _spreads(several) for name, several in bench.items()
+        },
         "policy": CHECKPOINT.name,
     }
     report("gateway", costs[UNWATCHED]["cpu_ms_per_decision"]["median"], "ms", GOAL_MS, detail)
