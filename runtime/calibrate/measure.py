@@ -42,14 +42,23 @@ def measure(
 def measure_together(
     benches: Sequence[Bench], shapes: Sequence[Shape], rounds: Sequence[int], seed: int = 0
 ) -> list[np.ndarray]:
-    """Seconds on each bench, in so many rounds, while the others are measured; without a warm-up.
+    """Seconds on each bench, in so many rounds, while the others are at work; without a warm-up.
 
-    Each has the core on which its instance plays.
+    Each has the core on which its instance plays, and goes on until the last one is through: beside an idle
+    core that one would be faster than it ever plays.
     """
+    measuring = set(range(len(benches)))
 
     def one(k: int) -> np.ndarray:
         take_core(k, len(benches))
-        return _measure(benches[k], shapes, rounds[k], seed + k)
+        try:
+            seconds = _measure(benches[k], shapes, rounds[k], seed + k)
+        finally:
+            measuring.discard(k)
+        rng = np.random.default_rng(seed + k)
+        while measuring:
+            benches[k].run(shapes[int(rng.integers(len(shapes)))])
+        return seconds
 
     with undisturbed(), ThreadPoolExecutor(len(benches)) as pool:
         return list(pool.map(one, range(len(benches))))

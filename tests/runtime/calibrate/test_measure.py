@@ -103,7 +103,31 @@ def test_one_bench_waits_for_no_other_to_end():
 
     class Meeting(Recorder):
         def run(self, shape):
-            met.wait()
+            if len(self.ran) < len(SHAPES):
+                met.wait()
             return super().run(shape)
 
     assert len(measure_together([Meeting(), Meeting()], SHAPES, [1, 1])) == 2
+
+
+def test_who_is_through_goes_on_until_the_last_one_is():
+    class Last(Recorder):
+        def run(self, shape):
+            while not self.ran and len(first.ran) < 100:  # the other one has 20 iterations to do
+                Event().wait(0.001)
+            return super().run(shape)
+
+    first, last = Recorder(), Last()
+    seconds = measure_together([first, last], SHAPES, [1, 1])
+    assert len(first.ran) >= 100
+    assert len(last.ran) == 20
+    assert sorted(seconds[0].ravel()) == sorted(seconds[1].ravel()) == list(range(1, 21))
+
+
+def test_a_bench_that_fails_lets_the_others_end():
+    class Broken(Recorder):
+        def run(self, shape):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        measure_together([Recorder(), Broken()], SHAPES, [1, 1])
