@@ -8,11 +8,11 @@ over the policies, each a mean over all cycles, in percent of what was measured.
 error of each, and the spread of what was measured from cycle to cycle. The last line is JSON.
 
 A shared machine changes its speed by tens of percent within seconds. So a cycle is short: all policies in
-random order, one play each, and after every two of them the iterations of both instances are measured again,
-at the same time. Two plays are predicted from profiles fitted to the mean of what was measured just before
-and after them. Means and not medians throughout: a play has the slow iterations, too. And not means over
-minutes: P99 is that of the instance which ends later, so that fluctuation makes it longer; the model's world
-needs it as well. Cycles are added for SECONDS; all count.
+random order, one play each, and between them the iterations of both instances are measured again, at the same
+time. The cycle's plays are predicted from profiles fitted to the mean of the cycle's own measurements. Means
+and not medians throughout: a play has the slow iterations, too. When it was looked at, means over 2 s had a
+spread of 8%, and those 4 s later had little to do with them: what is measured beside a play says little more
+of it than what is measured a minute later, and only many cycles help. They are added for SECONDS; all count.
 
 Requests come several times faster than the pair can serve, then the backlog drains: a policy is as good as
 its split of the work. Nearer to saturation, and with lengths as heavy-tailed as those of real traffic, a cost
@@ -206,16 +206,15 @@ class Pair:
     def cycle(self, number: int) -> Cycle:
         """Plays with measurements before, between and after, and what the model says then."""
         begin = time.perf_counter()
-        plays: dict[str, dict[str, float]] = {}
-        said: dict[str, dict[str, float]] = {}
-        order = [POLICIES[i] for i in np.random.default_rng(number).permutation(len(POLICIES))]
-        for k in range(0, len(order), PLAYS):
-            names = order[k : k + PLAYS]
-            plays |= {name: self.play(name) for name in names}
-            before, self.last = self.last, self.measured(number * len(order) + k)
-            fleet = fleet_of(self.profiles([before, self.last]), self.folder / str(number) / str(k))
-            episode = replace(self.episode, cluster=fleet)
-            said |= {name: predict(make_heuristic(name), SCENARIO, episode, SEED) for name in names}
+        plays, measurements = {}, [self.last]
+        for k, i in enumerate(np.random.default_rng(number).permutation(len(POLICIES)), 1):
+            plays[POLICIES[i]] = self.play(POLICIES[i])
+            if k % PLAYS == 0:
+                measurements.append(self.measured(number * len(POLICIES) + k))
+        self.last = measurements[-1]
+        fleet = fleet_of(self.profiles(measurements), self.folder / str(number))
+        episode = replace(self.episode, cluster=fleet)
+        said = {name: predict(make_heuristic(name), SCENARIO, episode, SEED) for name in POLICIES}
         return Cycle(plays, said, time.perf_counter() - begin)
 
 
