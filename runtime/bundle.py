@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -92,16 +91,23 @@ class BundlePolicy:
         """The legal candidate of the highest score, int64 [B].
 
         Raises:
-            FloatingPointError: of one lane, where that score is not finite.
+            FloatingPointError: that score is not finite.
         """
         if len(obs["kind"]) > 1:
-            return self.logits(obs).argmax(axis=1)
+            scores = self.logits(obs)
+            answers = scores.argmax(axis=1)  # NaN, where there is one
+            _require_finite(scores[np.arange(len(scores)), answers])
+            return answers
         with self._lock:
             legal, scores = self._scorer.score(obs)
-            best = scores.argmax()  # NaN, where there is one
-            if not math.isfinite(scores[best]):
-                raise FloatingPointError("a score is not finite")
+            best = scores.argmax()
+            _require_finite(scores[best])
         return legal[best : best + 1]
+
+
+def _require_finite(scores: np.ndarray) -> None:
+    if not np.isfinite(scores).all():
+        raise FloatingPointError("a score is not finite")
 
 
 def load_bundle(folder: str | Path) -> BundlePolicy:

@@ -3,9 +3,9 @@
 The policy runs in the thread that asks. In a thread of its own, awaited no longer than the budget, it was far
 more often late: where no core is free a hand-over waits for its turn, milliseconds in a tenth of the cases,
 and the run itself takes a tenth of one. So a policy must compute and return, as bundles and heuristics do;
-nothing ends one that waits for ever. If it took more CPU time than the budget (that it waits for a core is
-not its fault, and so would the fallback), its answer is taken, since it is there, and it rests `REST` times
-as long: it never takes more than a tenth of its caller's time.
+nothing ends one that waits for ever. Where it takes more CPU time than the budget (that it waits for a core
+is not its fault, and so would the fallback), the fallback answers, and the policy rests `REST` times as long:
+one that is late takes no more than a tenth of its caller's CPU time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Decider:
 
     A question goes to the fallback, and its reason is counted, when
 
-        timeout   the policy rests, because an earlier question took it longer than the budget
+        timeout   the policy took longer than the budget, or rests, because an earlier question did
         nan       its best score is not a finite number
         stale     the caller says that what the question shows is too old
         mismatch  the policy does not answer this kind of question, refuses its arrays, or chooses a candidate
@@ -121,6 +121,8 @@ class Decider:
             took = time.thread_time() - begin
             if took > self.budget_s:
                 self._rests_until = time.monotonic() + REST * took
+        if took > self.budget_s:
+            raise _NoAnswerError("timeout")
         if candidate not in question.actions:
             raise _NoAnswerError("mismatch", f"candidate {candidate} is not legal")
         return candidate

@@ -66,16 +66,21 @@ def _migrate(world: World, frame: Frame, lane: int, action: int) -> str:
     source, destination = sources[a], destinations[b]
     if source == destination:
         return f"a request cannot move to its own instance ({source})"
-    engaged = filter(None, (_unavailable(world, lane, i) for i in (source, destination)))
     lacking = f"instance {destination} lacks memory or a place for any request of instance {source}"
-    return next(engaged, lacking)
+    return _engaged(world, lane, source) or _unavailable(world, lane, destination) or lacking
 
 
 def _unavailable(world: World, lane: int, i: int) -> str | None:
-    """What keeps an instance from taking part in a migration."""
-    state, instance = world.lane[lane], world.instance[lane, i]
+    """What keeps an instance from being the destination of a migration."""
+    state = world.lane[lane]
     if world.setting[state["fleet"], i]["drain"] <= state["now"]:
         return f"instance {i} is draining"
+    return _engaged(world, lane, i)
+
+
+def _engaged(world: World, lane: int, i: int) -> str | None:
+    """What keeps an instance from being the source or the destination of a migration."""
+    state, instance = world.lane[lane], world.instance[lane, i]
     if instance["paired"] == state["now"]:
         return f"instance {i} is already part of a pair of this tick"
     if any(instance[name] != NONE for name in ("out", "inbound", "joiner")):

@@ -59,7 +59,7 @@ class Settings:
     down_after: int = 3
     """Scrapes in a row without answer that make an engine unavailable; a refused connection does at once."""
     budget_ms: float = 5.0
-    """Time that a decision may take; a policy that took longer rests while the fallback heuristic decides."""
+    """CPU time of an answer; a policy that takes longer rests, and the fallback heuristic decides."""
     watch_per_s: float = 100.0
     """Response chunks a second that may pass the picker; the progress of other streams is estimated."""
 

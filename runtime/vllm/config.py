@@ -21,7 +21,7 @@ class SchedulerConfig:
         policy: folder of a bundle, or the name of a heuristic such as victim_largest.
         profile: what the engine's iterations cost: a profile's name, or a path to one as `servegym calibrate`
             writes it. Features such as the seconds of a recomputation come from it.
-        budget_us: time for a decision, microseconds; a policy that took longer rests, and vLLM chooses.
+        budget_us: CPU time for an answer, microseconds; a policy that takes longer rests, and vLLM chooses.
         order: of waiting requests within a priority: `arrival`, as vLLM has it, or `shortest`, the least
             predicted output first.
         prefill_period_s: seconds between two questions for the prefill cap, the most prompt tokens of an

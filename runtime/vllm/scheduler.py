@@ -88,7 +88,7 @@ class ServeGymScheduler(AsyncScheduler):
             self.waiting = ShortestFirst(self._engine.left_tokens)
         logger.info(
             "ServeGym: %s chooses what gives way when KV memory is short (%d blocks of %d tokens), "
-            "within %g us; waiting requests by %s; costs of %s",
+            "within %g us of CPU time; waiting requests by %s; costs of %s",
             self._config.policy, self._blocks(), self.block_size, self._config.budget_us, self._config.order,
             self._config.profile,
         )  # fmt: skip

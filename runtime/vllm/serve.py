@@ -59,7 +59,7 @@ class Settings:
     patience_s: float = 10.0
     """Seconds for which an answer that has begun waits for an engine, where none is left."""
     budget_ms: float = 5.0
-    """Time that a decision may take; a policy that took longer rests while the fallback decides."""
+    """CPU time of an answer; a policy that takes longer rests, and the fallback decides."""
 
     def check(self) -> None:
         """Refuse values that cannot work.

@@ -110,14 +110,14 @@ def test_a_policy_that_was_late_rests_for_nine_times_as_long():
     policy = Scripted(1, busy_s=0.1)
     decider = Decider(policy, budget_s=0.05)
     question = dispatch_question()
-    assert decider.decide(question) == Dispatch(0)  # late, but there: candidate 1, as it was told
+    assert decider.decide(question) == Dispatch(1)  # the fallback's; the policy says candidate 1, instance 0
+    assert counted(decider) == {"timeout": 1}
     policy.busy_s = 0.0
     late = time.monotonic()
-    while decider.decide(question) == Dispatch(1):
+    while decider.decide(question) == Dispatch(1) and time.monotonic() - late < 30.0:
         time.sleep(0.01)
-    rested = time.monotonic() - late
-    assert decider.counts["timeout"] > 1 and decider.counts["answered"] == 2
-    assert rested > 0.8
+    assert 0.8 < time.monotonic() - late < 30.0
+    assert decider.counts["timeout"] > 2 and decider.counts["answered"] == 1
     assert decider.decide(question) == Dispatch(0)  # in time again, so that it goes on
 
 
