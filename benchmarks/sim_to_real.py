@@ -25,7 +25,7 @@ The transformer is wide and not deep, so that nearly all of an iteration is spen
 instances are threads of one interpreter, which only one of them has at a time, and every small operation
 would wait for it. Each instance keeps to a core of its own. That core is never idle: on a virtual machine the
 other one would then be faster (by 6% when it was looked at), which no cost model of one engine knows. The
-router takes half a millisecond of either core for a dispatch, 2 to 3% of TTFT P50, which is not predicted.
+router takes half a millisecond of one core for a dispatch, by calculation 2 to 3% of TTFT P50: not predicted.
 """
 
 from __future__ import annotations
