@@ -9,11 +9,12 @@ error of each, and the spread of what was measured from cycle to cycle. The last
 
 A shared machine changes its speed by tens of percent within seconds. So a cycle is short: all policies in
 random order, one play each, and between them the iterations of both instances are measured again, at the same
-time. The cycle's plays are predicted from profiles fitted to the mean of the cycle's own measurements; a policy
-reads these costs in the model, and on the runtime those measured at the start, as a deployment would. Means
-and not medians throughout: a play has the slow iterations, too. When it was looked at, means over 2 s had a
-spread of 8%, and those 4 s later had little to do with them: what is measured beside a play says little more
-of it than what is measured a minute later, and only many cycles help. They are added for SECONDS; all count.
+time. The cycle's plays are predicted from profiles fitted to the mean of the cycle's own measurements. A
+policy reads these costs in the model, and on the runtime those measured at the start, as a deployment would.
+Means and not medians throughout: a play has the slow iterations, too. When it was looked at, means over 2 s
+had a spread of 8%, and those 4 s later had little to do with them: what is measured beside a play says little
+more of it than what is measured a minute later, and only many cycles help. They are added for SECONDS; all
+count.
 
 Requests come several times faster than the pair can serve, then the backlog drains: a policy is as good as
 its split of the work. Nearer to saturation, and with lengths as heavy-tailed as those of real traffic, a cost

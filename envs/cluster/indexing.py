@@ -25,7 +25,7 @@ def _is_index(call: Any, types_of: Signature | None) -> bool:
 
 def _unsigned(index: Any) -> Any:
     """The type of an index without signs; slices stay as they are."""
-    if isinstance(index, types.BaseTuple):
+    if isinstance(index, types.Tuple | types.UniTuple):
         return types.Tuple([_unsigned(part) for part in index.types])
     return types.uintp if isinstance(index, types.Integer) else index
 
