@@ -2,8 +2,9 @@
 
     python benchmarks/rollout.py
 
-The detail has one thread, the share of each phase (measured by leaving out the others), and beside it the
-batched path in the same run: torch's dense network, and numpy's, with the environment stepped from Python.
+The detail has one thread, the share of each phase (measured by leaving out the others), and beside it in the
+same run the batched path, torch's dense network and numpy's with the environment stepped from Python, and the
+roll-outs of sb3-contrib's MaskablePPO with the same network.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from statistics import median
 import numpy as np
 import torch
 from report import report, spread
+from sb3_contrib import MaskablePPO
 
 from servegym.agents.ppo.rollout import Collector, make_steps, make_tally
 from servegym.envs.cluster.episode import make_episodes
+from servegym.envs.cluster.sb3 import ServeGymVecEnv
 from servegym.envs.cluster.schema import KINDS
 from servegym.envs.cluster.vector import ClusterVectorEnv
 from servegym.envs.scenario import Migration, Scenario
@@ -26,6 +29,7 @@ from servegym.models import numpy_policy
 from servegym.models.config import NetworkConfig
 from servegym.models.dense import DenseNetwork
 from servegym.models.features import ARRAYS
+from servegym.models.sb3 import GraphMaskablePolicy
 
 GOAL = 150_000
 INSTANCES = 16
@@ -35,7 +39,7 @@ REPEATS = 7
 EPISODES = 32
 
 
-def make(threads: int) -> ClusterVectorEnv:
+def make(threads: int, *, copy: bool = False) -> ClusterVectorEnv:
     scenario = Scenario(
         workload="azure2023_conv",
         clusters=(f"{INSTANCES}xa100-llama-3.1-8b",),
@@ -47,7 +51,7 @@ def make(threads: int) -> ClusterVectorEnv:
     )
     episodes = make_episodes(scenario, EPISODES, seed=0)
     return ClusterVectorEnv(
-        LANES, scenario, episodes=episodes, num_threads=threads, copy=False, group_size=GROUP
+        LANES, scenario, episodes=episodes, num_threads=threads, copy=copy, group_size=GROUP
     )
 
 
@@ -100,6 +104,22 @@ def outside(answer: Callable[[dict[str, np.ndarray]], np.ndarray], steps: int) -
     return result
 
 
+def maskable(steps: int) -> dict[str, float]:
+    """MaskablePPO's roll-outs, without its updates."""
+    env = ServeGymVecEnv(make(2, copy=True))
+    settings = {"n_steps": steps, "batch_size": LANES, "policy_kwargs": {"network": NetworkConfig()}}
+    model = MaskablePPO(GraphMaskablePolicy, env, seed=0, **settings)
+    _, callback = model._setup_learn(1)
+
+    def play() -> int:
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, steps)
+        return steps * LANES
+
+    result = timed(play, 3)
+    env.close()
+    return result
+
+
 def with_torch(network: DenseNetwork) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     def answer(obs: dict[str, np.ndarray]) -> np.ndarray:
         with torch.no_grad():
@@ -132,6 +152,7 @@ def main() -> None:
         alone: outside(lambda obs: zeros, STEPS),
         "batches through torch": outside(with_torch(network), 64),
         "batches through numpy": outside(with_numpy(weights), 16),
+        "MaskablePPO (sb3-contrib)": maskable(16),
     }
     for name, rates in table.items():
         print(f"{name}: {rates['median']:,.0f} decisions/s")
