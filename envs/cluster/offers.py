@@ -130,6 +130,7 @@ def offer_victims(world, l, i):
         how many there are; the engine's default victim is one of them.
     """
     n = 0
+    world.offer[l, :] = NONE
     for rule in range(VICTIM_RULES):
         first = _favourite(world, l, i, rule, NONE)
         second = _favourite(world, l, i, rule, first)

@@ -79,7 +79,7 @@ class ServeGymScheduler(AsyncScheduler):
         )
         self.victims: deque[tuple[str, str]] = deque(maxlen=REMEMBERED)
         self.decision_s: deque[float] = deque(maxlen=REMEMBERED)
-        self._counts = {"decisions": 0, "late": 0, "followed": 0, "preemptions": 0}
+        self._counts = {"decisions": 0, "followed": 0, "preemptions": 0}
         self._marked: tuple[Request, int] | None = None
         self._reported_at = time.monotonic()
         self._allocate_slots = self.kv_cache_manager.allocate_slots
@@ -142,11 +142,8 @@ class ServeGymScheduler(AsyncScheduler):
         """Ask the policy for a victim and mark it."""
         start = time.perf_counter()
         action = self._decider.decide(ask_preempt(self._look(), 0))
-        took = time.perf_counter() - start
-        self.decision_s.append(took)
+        self.decision_s.append(time.perf_counter() - start)
         self._counts["decisions"] += 1
-        if took > self._config.budget_us * 1e-6:
-            self._counts["late"] += 1
         victim = self.requests.get(action.key) if isinstance(action, Preempt) else None
         if victim is not None and victim.status == RequestStatus.RUNNING:
             self._marked = victim, victim.priority
