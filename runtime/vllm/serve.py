@@ -24,6 +24,8 @@ from servegym.runtime.vllm.proxy import make_app
 
 log = logging.getLogger("servegym.migrator")
 START_S = 60.0  # for which a server may still be starting
+CONNECT_S = 5.0  # a server that computes on all cores may take seconds to accept
+KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s; a request that crosses that looks like a dead engine
 
 
 @dataclass(kw_only=True)
@@ -40,7 +42,7 @@ class Settings:
     """The engines' max_num_batched_tokens; the profile's by default."""
     handoff: Literal["none", "nixl"] = "none"
     """How KV moves: `none` computes it again, `nixl` reads it from the server that is left; both run the
-    NixlConnector as kv_both."""
+    NixlConnector as kv_both, over TCP with num_threads 0, or a server without work answers no read."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -119,8 +121,9 @@ async def _app(settings: Settings, decider: Decider) -> web.Application:
 
 def open_session(stall_s: float) -> aiohttp.ClientSession:
     """A client without limit of connections; it gives up after `stall_s` without a byte."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=stall_s)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=stall_s)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout)
 
 
 async def make_migrator(

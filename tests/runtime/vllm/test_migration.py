@@ -19,7 +19,13 @@ from servegym.runtime.vllm.serve import Settings, make_migrator, open_session
 from tests.runtime.vllm.test_migrator import Restless
 
 pytestmark = pytest.mark.vllm
-CONNECTOR = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+# num_threads 0 leaves NIXL its progress thread: over TCP an engine without work would answer no read.
+CONNECTOR = {
+    "kv_connector": "NixlConnector",
+    "kv_role": "kv_both",
+    "kv_buffer_device": "cpu",
+    "kv_connector_extra_config": {"num_threads": 0},
+}
 REQUESTS, OUTPUT = 12, 160
 
 
