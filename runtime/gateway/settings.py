@@ -60,7 +60,7 @@ class Settings:
     """Scrapes in a row without answer that make an engine unavailable; a refused connection does at once."""
     budget_ms: float = 5.0
     """CPU time of an answer; a policy that takes longer rests, and the fallback heuristic decides."""
-    watch_per_s: float = 100.0
+    watch_per_s: float = 20.0
     """Response chunks a second that may pass the picker; the progress of other streams is estimated."""
 
     shed_waiting: int = 32

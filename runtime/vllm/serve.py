@@ -42,7 +42,8 @@ class Settings:
     """The engines' max_num_batched_tokens; the profile's by default."""
     handoff: Literal["none", "nixl"] = "none"
     """How KV moves: `none` computes it again, `nixl` reads it from the server that is left; both run the
-    NixlConnector as kv_both, over TCP with num_threads 0, or a server without work answers no read."""
+    NixlConnector as kv_both. By TCP alone a read waits until that server has work: have UCX use RDMA or, on one
+    host, shared memory."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000

@@ -19,13 +19,7 @@ from servegym.runtime.vllm.serve import Settings, make_migrator, open_session
 from tests.runtime.vllm.test_migrator import Restless
 
 pytestmark = pytest.mark.vllm
-# num_threads 0 leaves NIXL its progress thread: over TCP an engine without work would answer no read.
-CONNECTOR = {
-    "kv_connector": "NixlConnector",
-    "kv_role": "kv_both",
-    "kv_buffer_device": "cpu",
-    "kv_connector_extra_config": {"num_threads": 0},
-}
+CONNECTOR = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 REQUESTS, OUTPUT = 12, 160
 
 
@@ -35,7 +29,7 @@ def servers() -> Iterator[list[Engine]]:
         EngineSettings(
             arguments=("--kv-transfer-config", json.dumps(CONNECTOR)),
             environment={
-                "UCX_TLS": "tcp,self",
+                "UCX_TLS": "tcp,sm,self",  # by TCP alone a read waits until the other engine has work
                 "UCX_NET_DEVICES": "lo",
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
