@@ -25,7 +25,7 @@ from servegym.runtime.vllm.proxy import make_app
 log = logging.getLogger("servegym.migrator")
 START_S = 60.0  # for which a server may still be starting
 CONNECT_S = 5.0  # a server that computes on all cores may take seconds to accept
-KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s; a request that crosses that looks like a dead engine
+KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s; a request just then would find it dead
 
 
 @dataclass(kw_only=True)
@@ -42,8 +42,8 @@ class Settings:
     """The engines' max_num_batched_tokens; the profile's by default."""
     handoff: Literal["none", "nixl"] = "none"
     """How KV moves: `none` computes it again, `nixl` reads it from the server that is left; both run the
-    NixlConnector as kv_both. By TCP alone a read waits until that server has work: have UCX use RDMA or, on one
-    host, shared memory."""
+    NixlConnector as kv_both. By TCP alone a read waits until that server has work: have UCX use RDMA or, on
+    one host, shared memory."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000

@@ -40,7 +40,7 @@ def test_the_last_line_holds_value_goal_spread_and_every_figure(tiny, capsys):
     )
     figure = detail["policies"][0]["e2e_p99_s"]
     assert len(figure["predicted"]) == len(figure["measured"]) == 2
-    ratio = sum(figure["predicted"]) / sum(figure["measured"])  # of means: cycles apart by chance do not count
+    ratio = sum(figure["predicted"]) / sum(figure["measured"])  # of means
     assert figure["error_percent"] == pytest.approx(100 * (ratio - 1), abs=0.5)
     assert [p["policy"] for p in detail["policies"]] == ["round_robin", "mooncake"]
     assert detail["machine_spread_percent"] >= 0
