@@ -10,7 +10,10 @@ import aiohttp
 import pytest
 
 from servegym.cli import BAD_INPUT, main
+from servegym.runtime.vllm import serve
 from servegym.runtime.vllm.launch import free_ports
+from servegym.runtime.vllm.leg import EngineLostError, open_leg
+from servegym.runtime.vllm.serve import open_session
 from tests.runtime.vllm.fake_engine import FakeEngine, answer, engines
 
 
@@ -50,3 +53,28 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(line, named, capsys):
     assert main(["migrator", *line]) == BAD_INPUT
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and named in error
+
+
+def test_a_request_does_not_take_a_connection_that_the_server_is_about_to_drop(monkeypatch):
+    """vLLM closes idle connections after 5 s; a completion that crosses that is not sent again."""
+    monkeypatch.setattr(serve, "KEEP_ALIVE_S", 0.05)
+
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        size = next(int(line[16:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length: "))
+        await reader.readexactly(size)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.read(1)  # the next request on this connection, or its end
+        writer.close()
+
+    async def case() -> None:
+        server = await asyncio.start_server(once, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, open_session(5.0) as session:
+            for _ in range(2):
+                leg = await open_leg(session, f"http://127.0.0.1:{port}", {"prompt": "x"}, {})
+                with pytest.raises(EngineLostError, match="ended early"):
+                    await leg.read()  # to the end, so that the connection is kept
+                await asyncio.sleep(0.2)
+
+    asyncio.run(asyncio.wait_for(case(), 20))
