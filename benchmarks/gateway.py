@@ -8,9 +8,8 @@ The clients are locust, in a closed loop with every front in turn, several round
 
 The value is the picker's CPU time for a decision: what its process used under load beyond what it uses when
 nobody asks (scrapes of the engines), by the decisions that it made; everything that one request costs it is
-in there, from the exchange with Envoy to the end of the answer. It is measured with `--watch-per-s 0`: chunks
-of streamed answers then do not pass the picker. The detail has the same with watched streams, as is the
-default. The last line is JSON.
+in there, from the exchange with Envoy to the end of the answer.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from servegym.runtime.vllm.launch import NAME, Engine, EngineSettings, launch
 GOAL_MS = 1.0
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "Dispatch-v0" / "ppo-mixed-s0"
 ENGINES, MAX_SEQS = 2, 16
-ROUNDS, LOAD = 3, Load(seconds=5)
+ROUNDS, LOAD = 3, Load(seconds=10)
 WARM = Load(seconds=3, seed=ROUNDS)  # unseen by the fronts; engines are slow at first, whoever comes first
 BENCH_PROMPTS = 120
 IDLE_S = 3.0  # with the picker up and nobody asking
 SCRAPE_S = "1"  # less often than by default: what is taken off for scrapes shall be small beside the rest
 WARM_UP, HOPS = 10, 40  # requests of one token
 
-WATCHED, UNWATCHED = "picker", "picker, unwatched streams"
+PICKER = "picker"
 Open = Callable[[], AbstractContextManager[Front]]
 
 
@@ -182,12 +181,10 @@ def run(folder: Path) -> None:
             name: partial(stock_envoy, name, engines, folder) for name in ("round robin", "least request")
         }
         flags = "--max-seqs", str(MAX_SEQS), "--scrape-s", SCRAPE_S
-        fronts[WATCHED] = partial(picker, policy, engines, folder, *flags)
-        fronts[UNWATCHED] = partial(fronts[WATCHED], "--watch-per-s", "0")
+        fronts[PICKER] = partial(picker, policy, engines, folder, *flags)
         with fronts["round robin"]() as front:
             play(front, WARM, folder)
         rows, costs = measure(fronts, folder)
-        del fronts[UNWATCHED]  # what clients see is the same
         bench: dict[str, list[dict]] = {name: [] for name in fronts}
         for number, name in _turns(fronts):
             with fronts[name]() as front:
@@ -204,7 +201,7 @@ def run(folder: Path) -> None:
         },
         "policy": CHECKPOINT.name,
     }
-    report("gateway", costs[UNWATCHED]["cpu_ms_per_decision"]["median"], "ms", GOAL_MS, detail)
+    report("gateway", costs[PICKER]["cpu_ms_per_decision"]["median"], "ms", GOAL_MS, detail)
 
 
 if __name__ == "__main__":
