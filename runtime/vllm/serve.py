@@ -42,8 +42,8 @@ class Settings:
     """The engines' max_num_batched_tokens; the profile's by default."""
     handoff: Literal["none", "nixl"] = "none"
     """How KV moves: `none` computes it again, `nixl` reads it from the server that is left; both run the
-    NixlConnector as kv_both. By TCP alone a read waits until that server has work: have UCX use RDMA or, on
-    one host, shared memory."""
+    NixlConnector as kv_both. Without RDMA or shared memory, and without NIXL's progress thread (num_threads 0
+    in kv_connector_extra_config), a read waits until that server has work."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000

@@ -19,7 +19,13 @@ from servegym.runtime.vllm.serve import Settings, make_migrator, open_session
 from tests.runtime.vllm.test_migrator import Restless
 
 pytestmark = pytest.mark.vllm
-CONNECTOR = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+# num_threads 0 leaves NIXL its progress thread: without it a read waits until the other engine has work.
+CONNECTOR = {
+    "kv_connector": "NixlConnector",
+    "kv_role": "kv_both",
+    "kv_buffer_device": "cpu",
+    "kv_connector_extra_config": {"num_threads": 0},
+}
 REQUESTS, OUTPUT = 12, 160
 
 
@@ -29,7 +35,7 @@ def servers() -> Iterator[list[Engine]]:
         EngineSettings(
             arguments=("--kv-transfer-config", json.dumps(CONNECTOR)),
             environment={
-                "UCX_TLS": "tcp,sm,self",  # by TCP alone a read waits until the other engine has work
+                "UCX_TLS": "tcp,sm,self",  # reads by shared memory: by TCP the other engine must take part
                 "UCX_NET_DEVICES": "lo",
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
