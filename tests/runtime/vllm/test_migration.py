@@ -75,7 +75,11 @@ async def alone(http: aiohttp.ClientSession, url: str, k: int) -> tuple[str, lis
 @asynccontextmanager
 async def migrating(servers: list[Engine], **flags: Any):
     settings = Settings(
-        engines=tuple(server.url for server in servers), max_seqs=16, token_budget=2048, **flags
+        engines=tuple(server.url for server in servers),
+        max_seqs=16,
+        token_budget=2048,
+        stale_s=30.0,  # two servers on two cores may take seconds to answer a scrape
+        **flags,
     )
     decider = Decider(Restless(), budget_s=1.0)
     async with open_session(60.0) as session:
