@@ -8,8 +8,7 @@ The clients are locust, in a closed loop with every front in turn, several round
 
 The value is the picker's CPU time for a decision: what its process used under load beyond what it uses when
 nobody asks (scrapes of the engines), by the decisions that it made; everything that one request costs it is
-in there, from the exchange with Envoy to the end of the answer.
-The last line is JSON.
+in there, from the exchange with Envoy to the end of the answer. The last line is JSON.
 """
 
 from __future__ import annotations
