@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class BundlePolicy:
         if len(obs["kind"]) > 1:
             scores = self.logits(obs)
             answers = scores.argmax(axis=1)  # NaN, where there is one
-            _require_finite(scores[np.arange(len(scores)), answers])
+            for row, answer in zip(scores, answers, strict=True):
+                _require_finite(row[answer])
             return answers
         with self._lock:
             legal, scores = self._scorer.score(obs)
@@ -105,8 +107,8 @@ class BundlePolicy:
         return legal[best : best + 1]
 
 
-def _require_finite(scores: np.ndarray) -> None:
-    if not np.isfinite(scores).all():
+def _require_finite(score: float) -> None:
+    if not math.isfinite(score):  # of one number ten times as fast as numpy
         raise FloatingPointError("a score is not finite")
 
 
