@@ -48,6 +48,15 @@ class Leg:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self._rest = b""
+        self._first: list[dict[str, Any]] | None = None
+
+    async def begin(self) -> None:
+        """Wait for the first chunks, which `read` then returns.
+
+        Raises:
+            EngineLostError: as `read`.
+        """
+        self._first = await self.read()
 
     async def read(self) -> list[dict[str, Any]] | None:
         """The chunks that have come since, at least one; None behind the last.
@@ -55,6 +64,9 @@ class Leg:
         Raises:
             EngineLostError: the stream broke off or tells of an error.
         """
+        if self._first:
+            first, self._first = self._first, None
+            return first
         while True:
             try:
                 data = await self._response.content.readany()

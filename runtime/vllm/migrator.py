@@ -41,6 +41,7 @@ class Limits:
         stall_s: without a byte from an engine, after which it counts as hung.
         rest_s: for which a failed engine gets nothing new, at least.
         patience_s: for which an answer that has begun waits for an engine, where none is left.
+        handoff_s: for which a server may let a hand-off of KV wait, before the KV is computed again.
     """
 
     period_s: float = 0.5
@@ -49,6 +50,7 @@ class Limits:
     stall_s: float = 60.0
     rest_s: float = 5.0
     patience_s: float = 10.0
+    handoff_s: float = 10.0
 
 
 class Migrator:
@@ -75,7 +77,7 @@ class Migrator:
         self.urls, self.session, self.handoff = list(urls), session, handoff
         self.view = ClusterView(list(instances), longest_output=longest_output)
         self.decider, self.limits = decider, limits or Limits()
-        self.patience_s = self.limits.patience_s
+        self.patience_s, self.handoff_s = self.limits.patience_s, self.limits.handoff_s
         self.tally = Tally(self)
         self.relays: dict[Hashable, Relay] = {}
         self._lengths, self._keys = OutputLengths(), itertools.count()

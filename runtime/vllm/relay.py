@@ -4,7 +4,7 @@
 
 Every leg after the first sends prompt and generated tokens as its prompt, so that greedy answers do not
 depend on the way. With a hand-off the engine that is left keeps the KV of these tokens and the next one reads
-it; without, or where that fails, the next one computes it again.
+it; without, or where that fails or takes too long, the next one computes it again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class Desk(Protocol):
         session: to talk to engines with.
         urls: of the engines, by instance.
         handoff: whether KV is read from the engine that is left.
+        handoff_s: for which the next engine, and before it the one that is left, may let a hand-off wait.
         patience_s: for which an answer that has begun waits for an engine.
     """
 
     session: aiohttp.ClientSession
     urls: list[str]
     handoff: bool
+    handoff_s: float
     patience_s: float
 
     def place(self, relay: Relay, without: set[int]) -> bool:
@@ -132,10 +134,23 @@ class Relay:
 
     async def _open(self, params: dict[str, Any] | None) -> Leg:
         self.splice.begin_leg()
-        body = self._body()
         if params is not None:
-            body["kv_transfer_params"] = params
-        return await open_leg(self._desk.session, self._url(), body, self.completion.headers)
+            try:
+                return await asyncio.wait_for(self._open_with_kv(params), self._desk.handoff_s)
+            except TimeoutError:  # this engine may well be able to compute what it cannot read
+                self._desk.note("handoff_failed")
+        return await open_leg(self._desk.session, self._url(), self._body(), self.completion.headers)
+
+    async def _open_with_kv(self, params: dict[str, Any]) -> Leg:
+        """A leg that reads its prompt's KV elsewhere, and has begun to answer."""
+        body = {**self._body(), "kv_transfer_params": params}
+        leg = await open_leg(self._desk.session, self._url(), body, self.completion.headers)
+        try:
+            await leg.begin()
+        except BaseException:
+            leg.close()
+            raise
+        return leg
 
     async def _settle(self) -> None:
         """Take back tokens whose text the last engine did not tell any more."""
@@ -197,16 +212,18 @@ class Relay:
             return None
         params = None
         if self._desk.handoff and self.splice.tokens:
-            session = self._desk.session
             try:
-                await self._settle()
-                params = await keep_kv(session, self._url(), self._body(), self.completion.headers)
+                params = await asyncio.wait_for(self._keep_kv(), self._desk.handoff_s)
                 self._desk.note("handed_off")
-            except (EngineLostError, EngineRefusedError):
+            except (EngineLostError, EngineRefusedError, TimeoutError):
                 self._desk.note("handoff_failed")
         self._desk.moved(self, self._target)
         self._target = None
         return params
+
+    async def _keep_kv(self) -> dict[str, Any]:
+        await self._settle()
+        return await keep_kv(self._desk.session, self._url(), self._body(), self.completion.headers)
 
     async def _replace(self, error: EngineLostError | EngineRefusedError) -> None:
         """Go on at another engine than the one that failed.

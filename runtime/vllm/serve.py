@@ -61,6 +61,8 @@ class Settings:
     """Seconds for which a failed engine gets no requests, at least."""
     patience_s: float = 10.0
     """Seconds for which an answer that has begun waits for an engine, where none is left."""
+    handoff_s: float = 10.0
+    """Seconds for which a server may let a hand-off of KV wait, before the KV is computed again."""
     budget_ms: float = 5.0
     """CPU time of an answer; a policy that takes longer rests, and the fallback decides."""
 

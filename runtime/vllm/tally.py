@@ -21,7 +21,7 @@ class Tally:
 
     Attributes:
         counts: dispatched, recovered (sent again after an engine failed), lost (failures of engines), ordered
-            and migrated (moves), handed_off, handoff_failed, immovable.
+            and migrated (moves), handed_off, handoff_failed (or took too long), immovable.
         pauses: seconds of the latest moves from the order to the first token of the next engine.
     """
 

@@ -64,6 +64,7 @@ class FakeEngine:
         delay_s: between two chunks, which carry one to three tokens.
         max_seqs: requests at a time; others wait.
         hangs: it accepts requests and never answers.
+        hangs_at: the same for those with this among their `kv_transfer_params`.
         refuses: status that it answers instead of serving.
         breaks_after: chunks after which every stream breaks off.
         served: prompts of the requests that it got; open: those that it is answering.
@@ -72,6 +73,7 @@ class FakeEngine:
     delay_s: float = 0.002
     max_seqs: int = 8
     hangs: bool = False
+    hangs_at: str = ""
     refuses: int = 0
     breaks_after: int | None = None
     seed: int = 0
@@ -121,7 +123,7 @@ class FakeEngine:
         self.bodies.append(body)
         self.open[id(http)] = http
         try:
-            if self.hangs:
+            if self.hangs or self._hangs_at(body.get("kv_transfer_params")):
                 await asyncio.sleep(3600)
             async with self._slots:
                 return await (
@@ -129,6 +131,9 @@ class FakeEngine:
                 )
         finally:
             del self.open[id(http)]
+
+    def _hangs_at(self, params: object) -> bool:
+        return isinstance(params, dict) and bool(params.get(self.hangs_at))
 
     async def _stream(self, http: web.Request, body: dict, tokens: list[int]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

@@ -181,6 +181,21 @@ def test_kv_is_handed_off_where_the_servers_can():
     run(case)
 
 
+@pytest.mark.parametrize("at", ["do_remote_decode", "do_remote_prefill"])  # who is left, who goes on
+def test_kv_that_does_not_come_is_computed_again(at):
+    async def case() -> None:
+        some = FakeEngine(delay_s=0.005, hangs_at=at), FakeEngine(delay_s=0.005, hangs_at=at)
+        async with serving(*some, handoff="nixl", handoff_s=0.1) as client:
+            asked = [{"prompt": [k, 3], "max_tokens": 70, "ignore_eos": True} for k in range(8)]
+            found = await asyncio.gather(*(client.complete(**fields) for fields in asked))
+            assert [ids for _, ids, _ in found] == [answer([k, 3], 70) for k in range(8)]
+            counts = client.migrator.tally.counts
+            assert min(counts["handoff_failed"], counts["migrated"]) > 2 and not counts["lost"], counts
+        assert not any(engine.open for engine in some)  # none is left hanging
+
+    run(case)
+
+
 def test_whole_answers_usage_and_stop_strings():
     async def case() -> None:
         async with serving(FakeEngine(), FakeEngine()) as client:
