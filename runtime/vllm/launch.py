@@ -107,7 +107,9 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # Not a session: Linux schedules each as one, and where servers that spin shared two cores it
+                # let whole sessions wait for up to a minute (6.18, autogroups).
+                process_group=0,
             )
         atexit.register(self.kill)
 

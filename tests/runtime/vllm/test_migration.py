@@ -35,9 +35,6 @@ def servers() -> Iterator[list[Engine]]:
         EngineSettings(
             arguments=("--kv-transfer-config", json.dumps(CONNECTOR)),
             environment={
-                # Idle workers call sched_yield all the time otherwise, and NIXL's thread never: on two cores
-                # Linux 6.18 then let threads of vLLM wait for up to a minute.
-                "VLLM_USE_SPINLOOP_EXT": "1",
                 "UCX_TLS": "tcp,sm,self",  # reads by shared memory: by TCP the other engine must take part
                 "UCX_NET_DEVICES": "lo",
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
@@ -126,12 +123,10 @@ def test_moved_at_random_the_tokens_stay(servers, expected, handoff, least):
                     break
             counts, pauses = migrator.tally.counts, sorted(migrator.tally.pauses)
             assert counts["migrated"] > least, counts
-            # Where four spinning threads share two cores some KV does not come in time.
-            assert not counts["lost"] and counts["handoff_failed"] <= counts["handed_off"] / 2, counts
+            assert not counts["lost"] and not counts["handoff_failed"], counts
             assert (counts["handed_off"] > 0) == (handoff == "nixl")
             shown = ", ".join(f"P{q} {1e3 * pauses[len(pauses) * q // 100]:.0f} ms" for q in (50, 90))
-            slow = counts["handoff_failed"]
-            print(f"\n{handoff}: {counts['migrated']} moves, {slow} hand-offs too slow, pause {shown}")
+            print(f"\n{handoff}: {counts['migrated']} moves, pause {shown}")
 
     asyncio.run(asyncio.wait_for(case(), 600))
 
