@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "serveg
 BUILDER = Path(__file__).with_name("tiny_model.py")
 NAME = "tiny"  # the served model
 READY_S, STOP_S, POLL_S = 300.0, 10.0, 0.25
+PORTS = range(10_000, 30_000)  # below those that Linux gives to connections, and to who asks for any
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -200,12 +202,14 @@ def _termination_unwinds() -> Iterator[None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports of the loopback interface that nobody has, nor gets unasked before their servers bind them."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 def vllm_python() -> Path:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,20 @@ def test_command_line_stays_on_loopback_and_passes_on_what_is_given():
 
 def test_free_ports_differ():
     assert len(set(free_ports(20))) == 20
+
+
+def test_free_ports_are_nobody_elses(monkeypatch):
+    taken, free = free_ports(2)
+    monkeypatch.setattr(room, "PORTS", [taken, free])
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", taken))
+        assert free_ports(1) == [free]
+
+
+def test_free_ports_are_given_to_nobody_who_asks_for_any():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        assert one.getsockname()[1] not in room.PORTS
 
 
 def test_interpreter_is_named_by_the_variable(monkeypatch):
