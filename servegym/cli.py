@@ -30,7 +30,7 @@ COMMANDS = {
     "heuristics": "list the heuristics",
 }
 # What a command can be asked for instead of its usual work, as a word behind its name.
-SPECIAL = {("evaluate", "zoo"): "zoo"}
+SPECIAL = {("evaluate", "zoo"): "zoo", ("calibrate", "engine"): "calibrate_engine"}
 BAD_INPUT, INTERRUPTED = 2, 130
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from servegym.envs.cluster.settings import Setting
 from servegym.envs.cluster.state import NEVER
 from servegym.envs.costs.fitting import as_curve, as_surface
-from servegym.envs.costs.profile import Error, Link, Profile, Provenance
+from servegym.envs.costs.profile import Device, Error, Geometry, Link, Profile, Provenance
 from servegym.runtime.calibrate.bench import EngineBench
 from servegym.runtime.calibrate.fit import errors, fit, with_parts
 from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
@@ -124,8 +124,9 @@ def calibrate(
         for field, value in vars(start).items()
         if value
     }
-    blank = _blank(model, machine, limits, name, shapes.axes)
-    fixed = replace(blank, overhead_us=round(overhead_s * 1e6, 2), start=start, **links)  # type: ignore[arg-type]
+    shape = geometry(model.config, model.dtype.itemsize)
+    fresh = blank(shape, machine.device, machine.software, limits, name, shapes.axes)
+    fixed = replace(fresh, overhead_us=round(overhead_s * 1e6, 2), start=start, **links)  # type: ignore[arg-type]
     count = len(shapes.fitted)
     parts = fit(shapes.axes, shapes.fitted, typical(seconds)[:count] - overhead_s)
     profile = with_parts(fixed, parts)
@@ -167,15 +168,15 @@ def _setting(options: Options) -> Setting:
     )
 
 
-def _blank(model: Transformer, machine: Machine, limits: Limits, name: str, axes: Axes) -> Profile:
+def blank(model: Geometry, device: Device, software: str, limits: Limits, name: str, axes: Axes) -> Profile:
     """The profile before anything is fitted."""
     nothing = as_curve(np.asarray(axes.tokens), np.zeros(len(axes.tokens)))
     empty = as_surface(np.arange(2), np.arange(2), np.zeros((2, 2)))
     now = datetime.now(UTC).date().isoformat()
     return Profile(
         name,
-        geometry(model.config, model.dtype.itemsize),
-        machine.device,
+        model,
+        device,
         tensor_parallel=1,
         kv_blocks=limits.kv_blocks,
         block_tokens=limits.block_tokens,
@@ -185,7 +186,7 @@ def _blank(model: Transformer, machine: Machine, limits: Limits, name: str, axes
         head=nothing,
         prefill_attention=empty,
         decode_attention=empty,
-        provenance=Provenance(f"servegym calibrate on {machine.device.name}", machine.software, now),
+        provenance=Provenance(f"servegym calibrate on {device.name}", software, now),
     )
 
 

@@ -80,20 +80,7 @@ def markdown(calibration: Calibration, plots: list[str]) -> str:
             ],
         ),
         "",
-        "## Copies",
-        "",
-        *_table(
-            ("way", "smallest, MB", "us", "GB/s", "largest, MB", "ms", "GB/s"),
-            [
-                (
-                    way,
-                    *(f"{x:.3g}" for x in (b[0] / 1e6, s[0] * 1e6, b[0] / s[0] / 1e9)),
-                    *(f"{x:.3g}" for x in (b[-1] / 1e6, s[-1] * 1e3, b[-1] / s[-1] / 1e9)),
-                )
-                for way, (b, s) in ((w, (c.bytes, c.seconds)) for w, c in calibration.copies.items())
-            ],
-        ),
-        "",
+        *(_copies(calibration) if calibration.copies else []),
         "## Figures",
         "",
         *_table(("figure", "value"), [(name, f"{value:.4g}") for name, value in calibration.figures.items()]),
@@ -104,8 +91,21 @@ def markdown(calibration: Calibration, plots: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _copies(calibration: Calibration) -> list[str]:
+    rows: list[tuple[object, ...]] = [
+        (
+            way,
+            *(f"{x:.3g}" for x in (b[0] / 1e6, s[0] * 1e6, b[0] / s[0] / 1e9)),
+            *(f"{x:.3g}" for x in (b[-1] / 1e6, s[-1] * 1e3, b[-1] / s[-1] / 1e9)),
+        )
+        for way, (b, s) in ((w, (c.bytes, c.seconds)) for w, c in calibration.copies.items())
+    ]
+    head = ("way", "smallest, MB", "us", "GB/s", "largest, MB", "ms", "GB/s")
+    return ["## Copies", "", *_table(head, rows), ""]
+
+
 def plot(calibration: Calibration, folder: Path) -> list[Path]:
-    """Predicted against measured, the parts by their axes, and the copies.
+    """Predicted against measured, the parts by their axes, and the copies, if there are any.
 
     Raises:
         ImportError: without matplotlib.
@@ -117,6 +117,8 @@ def plot(calibration: Calibration, folder: Path) -> list[Path]:
 
     paths = []
     for name, draw in zip(PLOTS, (_plot_iterations, _plot_parts, _plot_copies), strict=True):
+        if draw is _plot_copies and not calibration.copies:
+            continue
         figure, axes = pyplot.subplots(1, 3 if draw is _plot_parts else 1, squeeze=False, figsize=(12, 5))
         draw(calibration, axes[0])
         figure.tight_layout()
@@ -131,6 +133,8 @@ def _plot_iterations(calibration: Calibration, axes: Any) -> None:
     predicted, axis = predict(calibration.profile, shapes), axes[0]
     for kind in KINDS:
         mine = np.array([shape.kind == kind for shape in shapes])
+        if not mine.any():
+            continue
         axis.scatter(1e3 * seconds[mine], 1e3 * predicted[mine], label=kind, s=14)
     ends = [1e3 * seconds.min(), 1e3 * seconds.max()]
     axis.plot(ends, ends, color="black", linewidth=0.8)
@@ -177,7 +181,7 @@ def _is_equal(shape: Shape) -> bool:
 
 
 def _is_one_chunk(shape: Shape) -> bool:
-    return shape.kind == "prefill" and len(shape.chunks) == 1
+    return len(shape.chunks) == 1 and len(shape.contexts) <= 1  # served engines have a decode beside it
 
 
 def _held_out(calibration: Calibration) -> tuple[tuple[Shape, ...], np.ndarray]:

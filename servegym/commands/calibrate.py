@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from servegym.files import check_folder, command_line, say
 from servegym.flags import check_seed
 from servegym.runtime.calibrate.calibration import Options, calibrate
 from servegym.runtime.calibrate.machine import DTYPES, check_device, this_machine
-from servegym.runtime.calibrate.report import PLOTS, write
+from servegym.runtime.calibrate.report import write
 from servegym.runtime.calibrate.shapes import Limits
 from servegym.runtime.engine.config import load_config
 from servegym.runtime.engine.model import Transformer, geometry
@@ -98,12 +99,7 @@ class Command:
                 neighbours=(model,) * (self.neighbours - 1),
                 progress=lambda text: status.update(f"calibrate: {text}"),
             )
-        files = write(found, config.raw, folder)
-        Show(str(folder / "profile.json")).run()
-        if len(files) < 4 + len(PLOTS):
-            say("no plots: pip install 'servegym[plots]'")
-        say(f"written: {' '.join(map(str, files))}")
-        return 0
+        return finish(write(found, config.raw, folder))
 
     def _limits(self, fitting: int) -> Limits:
         budget, seqs, context, blocks = DEFAULTS[self.device]
@@ -125,3 +121,12 @@ class Command:
         itemsize = model.dtype.itemsize
         block = geometry(model.config, itemsize).kv_bytes_per_token * self.block_tokens
         return int(MEMORY_SHARE * free / block / self.neighbours)
+
+
+def finish(files: Sequence[Path]) -> int:
+    """Show the profile, the first of the files that a calibration wrote, and name them all."""
+    Show(str(files[0])).run()
+    if not any(path.suffix == ".png" for path in files):
+        say("no plots: pip install 'servegym[plots]'")
+    say(f"written: {' '.join(map(str, files))}")
+    return 0

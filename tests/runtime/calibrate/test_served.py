@@ -1,0 +1,220 @@
+"""A served engine is measured from outside: what was asked for ran there, and its times are found."""
+
+import asyncio
+import json
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from servegym.cli import main
+from servegym.envs.costs import load_profile
+from servegym.errors import InputError
+from servegym.runtime.calibrate.fit import predict
+from servegym.runtime.calibrate.served import look, served_design
+from servegym.runtime.calibrate.shapes import Limits, Shape
+from servegym.runtime.calibrate.streams import StreamBench, prompt_lengths
+from servegym.runtime.engine import config as config_room
+from servegym.runtime.vllm.launch import EngineSettings, launch
+from tests.runtime.calibrate.batching_engine import BatchingEngine
+
+LIMITS = Limits(token_budget=64, max_seqs=4, max_context=192, kv_blocks=128, block_tokens=16)
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+}
+
+
+def seconds(shape):
+    """4 ms an iteration, 0.1 ms a token, and what attention reads."""
+    read = sum(shape.contexts) + sum(new * (past + new / 2) / 8 for new, past in shape.chunks)
+    return 4e-3 + 1e-4 * shape.tokens + 1e-5 * read
+
+
+@contextmanager
+def serving(engine):
+    """The engine in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def call(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
+
+    call(engine.start())
+    try:
+        yield engine
+    finally:
+        call(engine.stop())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+@contextmanager
+def bench(engine, limits=LIMITS):
+    with serving(engine), StreamBench(engine.url, "steady", limits, 1000) as found:
+        yield found
+
+
+@pytest.mark.parametrize("contexts", [(64,), (150, 20, 90), (32, 32, 32, 32), (190, 190, 190, 190)])
+def test_decodes_have_the_contexts_that_were_asked_for(contexts):
+    engine = BatchingEngine(seconds)
+    with bench(engine) as engines:
+        took = engines.run(Shape(contexts))
+    whole = [s for s in engine.ran if len(s.contexts) == len(contexts) and not s.chunks]
+    nearest = min(whole, key=lambda s: sum(abs(a - b) for a, b in zip(s.contexts, contexts, strict=True)))
+    assert max(abs(a - b) for a, b in zip(nearest.contexts, contexts, strict=True)) <= 4
+    assert took == pytest.approx(seconds(Shape(contexts)), rel=0.5)
+
+
+@pytest.mark.parametrize("chunk", [(40, 0), (8, 0), (60, 128), (17, 16)])
+@pytest.mark.parametrize("contexts", [(32,), (60, 100, 40)])
+def test_a_chunk_is_computed_whole_beside_the_decodes(contexts, chunk):
+    engine = BatchingEngine(seconds)
+    with bench(engine) as engines:
+        took = engines.run(Shape(contexts, (chunk,)))
+    (beside,) = [s for s in engine.ran if s.chunks == (chunk,) and len(s.contexts) == len(contexts)]
+    assert max(abs(a - b) for a, b in zip(beside.contexts, contexts, strict=True)) <= 12
+    assert took == pytest.approx(seconds(Shape(contexts, (chunk,))), rel=0.5)
+
+
+def test_prompts_leave_room_for_what_is_decoded_before_all_are_through():
+    assert prompt_lengths((100, 100), 100) == [94, 95]
+    assert prompt_lengths((3,), 100) == [1]
+
+
+def test_shapes_are_those_that_a_client_can_bring_about():
+    found = served_design(LIMITS, size=10, seed=0)
+    every = (*found.fitted, *found.held_out)
+    assert all(len(s.chunks) <= 1 and s.contexts for s in every)
+    assert all(past % 16 == 0 for s in every for _, past in s.chunks)
+    assert all(LIMITS.fits(s) for s in every)
+    assert not set(found.fitted) & set(found.held_out)
+    assert {s.kind for s in found.held_out} == {"decode", "mixed"}
+
+
+def test_others_who_use_the_engine_are_noticed(monkeypatch):
+    monkeypatch.setattr("servegym.runtime.calibrate.streams.SETTLE_S", 0.1)
+    engine = BatchingEngine(seconds)
+    with bench(engine) as engines, StreamBench(engine.url, "steady", LIMITS, 1000) as others:
+        hold = threading.Event()
+        task = threading.Thread(target=lambda: others._runner.run(decode_until(others, hold)))
+        task.start()
+        try:
+            with pytest.raises(InputError, match="others use the engine"):
+                engines.run(Shape((32,)))
+        finally:
+            hold.set()
+            task.join()
+
+
+async def decode_until(user, hold):
+    from servegym.runtime.calibrate.streams import _Stream
+
+    stream = asyncio.create_task(user._follow(_Stream([1] * 4), 240))
+    while not hold.is_set():
+        await asyncio.sleep(0.01)
+    stream.cancel()
+
+
+def test_an_engine_that_dies_is_named():
+    engine = BatchingEngine(seconds, fails_after=5)
+    with bench(engine) as engines, pytest.raises(InputError, match="must go on serving"):
+        engines.run(Shape((32, 32)))
+
+
+def test_what_an_engine_says_of_itself():
+    with serving(BatchingEngine(seconds)) as engine:
+        served = asyncio.run(look(engine.url))
+    assert (served.model, served.max_tokens, served.kv_blocks, served.block_tokens) == (
+        "steady", 256, 128, 16,
+    )  # fmt: skip
+    assert served.software == "vLLM 0.0"
+
+
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [
+        (BatchingEngine(seconds, caching=False), "--enable-prefix-caching"),
+        (BatchingEngine(seconds, blocks=0), "cache_config_info"),
+    ],
+)
+def test_engines_that_cannot_be_measured_are_refused(engine, named):
+    with serving(engine), pytest.raises(InputError, match=named):
+        asyncio.run(look(engine.url))
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def command(url, config, folder, *more):
+    limits = ("--token-budget", "64", "--max-seqs", "4", "--max-context", "96")
+    quick = ("--size", "2", "--rounds", "1", "--device", "a clock", "-o", str(folder))
+    return main(["calibrate", "engine", url, "-m", str(config), *limits, *quick, *more])
+
+
+def test_the_profile_knows_the_engine(config, tmp_path):
+    folder = tmp_path / "engine"
+    with serving(BatchingEngine(seconds)) as engine:
+        assert command(engine.url, config, folder) == 0
+    profile = load_profile(folder / "profile.json")
+    assert (profile.device.name, profile.kv_blocks, profile.max_seqs) == ("a clock", 128, 4)
+    shapes = [Shape((90,) * n) for n in (1, 2, 4)] + [
+        Shape((64,), ((n, past),)) for n in (20, 60) for past in (0, 64)
+    ]
+    error = predict(profile, shapes) / [seconds(shape) for shape in shapes] - 1
+    assert abs(np.median(error)) < 0.25  # each message takes its time, too
+    assert set(profile.provenance.held_out) == {"decode", "mixed"}
+    report = (folder / "report.md").read_text()
+    assert "front end" in report and "## Copies" not in report
+    assert json.loads((folder / "config.json").read_text()) == TINY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--max-context", "250"), "max_context"),
+        (("--dtype", "int3"), "dtype"),
+        (("--rounds", "0"), "rounds"),
+        (("--max-seqs", "64"), "token_budget"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(capsys, config, tmp_path, arguments, named):
+    with serving(BatchingEngine(seconds)) as engine:
+        assert command(engine.url, config, tmp_path / "out", *arguments) == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1 and named in captured
+    assert not (tmp_path / "out").exists()
+
+
+def test_nobody_there_is_said_in_one_line(capsys, config, tmp_path):
+    assert command("http://127.0.0.1:9", config, tmp_path / "out") == 2
+    assert "vLLM server that is up" in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+def test_a_real_server(tmp_path):
+    model = Path(config_room.__file__).parent / "configs" / "cpu-llama.json"
+    (tmp_path / "config.json").write_text(model.read_text())
+    arguments = ("--load-format", "dummy", "--skip-tokenizer-init", "--max-num-batched-tokens", "64")
+    settings = EngineSettings(max_seqs=4, max_model_len=256, model=tmp_path, arguments=arguments)
+    folder = tmp_path / "engine"
+    with launch(settings) as (server,):
+        assert command(server.url, tmp_path / "config.json", folder, "--dtype", "float32") == 0
+    profile = load_profile(folder / "profile.json")
+    assert (profile.kv_blocks, profile.block_tokens) == (63, 128)
+    few, many = predict(profile, [Shape((32,), ((4, 0),)), Shape((32,), ((60, 0),))])
+    assert 0 < few < many
+    assert {"decode", "mixed"} == set(profile.provenance.held_out)
