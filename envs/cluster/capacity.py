@@ -58,8 +58,10 @@ def _measured(spec: InstanceSpec, caching: bool, w: Workload) -> float:
 
 def _room(spec: InstanceSpec) -> int:
     """Largest request in tokens that the instance can hold."""
-    blocks = spec.kv_blocks or load_profile(spec.profile).kv_tokens // spec.block_tokens
-    return (blocks - int(spec.watermark * blocks)) * spec.block_tokens
+    profile = load_profile(spec.profile)
+    block_tokens = spec.block_tokens or profile.block_tokens
+    blocks = spec.kv_blocks or profile.kv_tokens // block_tokens
+    return (blocks - int(spec.watermark * blocks)) * block_tokens
 
 
 def _offline(w: Workload, rows: np.ndarray) -> Workload:

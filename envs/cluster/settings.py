@@ -66,8 +66,9 @@ def setting_of_spec(
         if not ok:
             raise InputError(f"{where}, {spec.profile}", field, value, hint)
 
-    require(spec.block_tokens >= 1, "block_tokens", spec.block_tokens, "a block has at least one token")
-    blocks = profile.kv_tokens // spec.block_tokens if spec.kv_blocks is None else spec.kv_blocks
+    block_tokens = profile.block_tokens if spec.block_tokens is None else spec.block_tokens
+    require(block_tokens >= 1, "block_tokens", block_tokens, "a block has at least one token")
+    blocks = profile.kv_tokens // block_tokens if spec.kv_blocks is None else spec.kv_blocks
     budget = profile.token_budget if spec.token_budget is None else spec.token_budget
     max_seqs = min(profile.max_seqs, budget) if spec.max_seqs is None else spec.max_seqs
     require(blocks >= 1, "kv_blocks", blocks, "an instance has at least one block")
@@ -83,7 +84,7 @@ def setting_of_spec(
     )  # fmt: skip
     drain = NEVER if spec.drain_at_s is None else spec.drain_at_s
     require(drain >= 0, "drain_at_s", spec.drain_at_s, "must be >= 0")
-    block_bytes = profile.model.kv_bytes_per_token * spec.block_tokens
+    block_bytes = profile.model.kv_bytes_per_token * block_tokens
     has_swap, has_network = profile.swap is not None, profile.network is not None
     require(
         has_swap or not spec.swap_gib, "swap_gib", spec.swap_gib, "the profile has no swap costs; leave it 0"
@@ -94,7 +95,7 @@ def setting_of_spec(
     swap, net = _copy_ps(profile.swap, block_bytes), _copy_ps(profile.network, block_bytes)
     return Setting(
         blocks=blocks,
-        block_tokens=spec.block_tokens,
+        block_tokens=block_tokens,
         budget=budget,
         max_seqs=max_seqs,
         watermark=int(spec.watermark * blocks),

@@ -35,7 +35,7 @@ class InstanceSpec:
 
     profile: str
     kv_blocks: int | None = None
-    block_tokens: int = 16
+    block_tokens: int | None = None
     token_budget: int | None = None
     max_seqs: int | None = None
     watermark: float = 0.0

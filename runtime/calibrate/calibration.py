@@ -24,6 +24,7 @@ from servegym.runtime.calibrate.start import start_of, warm_up_s, weights_s
 from servegym.runtime.calibrate.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
 from servegym.runtime.engine.instance import Instance
 from servegym.runtime.engine.model import Transformer, geometry
+from servegym.runtime.steady import undisturbed
 
 MOST_COPIED = 8192  # tokens of the longest copy that is measured
 DOWNTIME_CONTEXTS = tuple(256 << k for k in range(6))  # 256 ... 8k, as in Llumnix, figure 10
@@ -108,8 +109,8 @@ def calibrate(
     benches = [EngineBench(instance, options.seed + k) for k, instance in enumerate(instances)]
     every = (*shapes.fitted, *shapes.held_out)
     with beside(benches[1:], every, options.seed):
-        overhead_s, launch_s = benches[0].overheads()
         seconds = measure(benches[0], every, rounds=options.rounds, seed=options.seed, progress=progress)
+        overhead_s, launch_s = benches[0].overheads()  # last: neighbours have compiled what they need by now
     # What is left of every iteration must be positive, however disturbed the measurement of the overhead was.
     overhead_s = min(overhead_s, float(typical(seconds).min()) / 2)
     progress("copies")
@@ -204,26 +205,20 @@ def _copies(
     most = _most_copied(limits)
     sizes = sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
 
-    def taken(copy: Callable[[int], float], group: int) -> Copies:
+    def taken(copy: Callable[[int], Sequence[float]], group: int) -> list[Copies]:
         return measure_copies(copy, sizes, block_bytes, group, options.rounds, options.seed)
 
     found = {}
     for group in sorted({1, options.swap_group}):
-        for k, way in enumerate(("out", "in")):
-            swap_one_way = partial(_swap, instance, group, k)
-            found[f"swap {way}, {group} a call"] = taken(swap_one_way, group)
-    found["to another instance"] = taken(partial(time_transfer, instance, target), most)
+        both_ways = taken(partial(time_swap, instance, group=group), group)
+        found |= {f"swap {way}, {group} a call": c for way, c in zip(("out", "in"), both_ways, strict=True)}
+    (found["to another instance"],) = taken(lambda n: (time_transfer(instance, target, n),), most)
     both = [found[f"swap {way}, {options.swap_group} a call"] for way in ("out", "in")]
     mean = replace(both[0], seconds=np.mean([copies.seconds for copies in both], axis=0))
     swap, swap_error = fit_link(mean, 2 * config.layers)
     network, network_error = fit_link(found["to another instance"])
     links, linked = {"swap": swap, "network": network}, {"swap": swap_error, "network": network_error}
     return found, links, linked
-
-
-def _swap(instance: Instance, group: int, way: int, blocks: int) -> float:
-    """Seconds of a swap of so many blocks; way 0 is out, 1 is back in."""
-    return time_swap(instance, blocks, group)[way]
 
 
 def _figures(instance: Instance, options: Options) -> dict[str, float]:
@@ -244,7 +239,8 @@ def _figures(instance: Instance, options: Options) -> dict[str, float]:
     contexts = [n for n in DOWNTIME_CONTEXTS if n <= min(limits.max_context, instance.most_tokens - SLACK)]
     blocks = -(-(max(contexts, default=0) + SLACK) // limits.block_tokens)
     setting = instance.setting._replace(blocks=blocks, host_blocks=0)
-    taken = migration_downtime(instance.model, setting, contexts * DOWNTIME_ROUNDS) if contexts else []
+    with undisturbed():
+        taken = migration_downtime(instance.model, setting, contexts * DOWNTIME_ROUNDS) if contexts else []
     for context in contexts:
         gap_s = median(found.gap_s for found in taken if found.context == context)
         figures[f"downtime of a migration at {context} tokens, ms"] = 1e3 * gap_s

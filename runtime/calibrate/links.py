@@ -30,17 +30,17 @@ class Copies:
 
 
 def measure_copies(
-    copy: Callable[[int], float],
+    copy: Callable[[int], Sequence[float]],
     blocks: Sequence[int],
     block_bytes: int,
     group: int,
     rounds: int,
     seed: int = 0,
-) -> Copies:
-    """Median times of copies of so many blocks, in random order.
+) -> list[Copies]:
+    """Median times of copies of so many blocks, in random order, each way apart.
 
     Args:
-        copy: copies that many blocks and returns the seconds it took.
+        copy: copies that many blocks, one way after the other, and returns the seconds that each took.
         blocks: sizes to try.
         block_bytes: bytes of a block.
         group: blocks that a call carries.
@@ -48,12 +48,13 @@ def measure_copies(
         seed: of the order.
     """
     rng = np.random.default_rng(seed)
-    taken = np.zeros((len(blocks), rounds + 1))
-    for k in range(rounds + 1):
+    taken: list[list[Sequence[float]]] = [[] for _ in blocks]
+    for _ in range(rounds + 1):
         for i in rng.permutation(len(blocks)):
-            taken[i, k] = copy(blocks[i])
+            taken[i].append(copy(blocks[i]))
     sizes = np.asarray(blocks, dtype=float)
-    return Copies(np.ceil(sizes / group), sizes * block_bytes, np.median(taken[:, 1:], axis=1))
+    seconds = np.median(np.array(taken)[:, 1:], axis=1)  # [sizes, ways]
+    return [Copies(np.ceil(sizes / group), sizes * block_bytes, way) for way in seconds.T]
 
 
 def fit_link(copies: Copies, calls_each: int = 1) -> tuple[Link, Error]:

@@ -93,7 +93,7 @@ async def _get(session: aiohttp.ClientSession, url: str) -> dict:  # type: ignor
 
 async def _caches_prefixes(session: aiohttp.ClientSession, served: Served) -> bool:
     """Whether the same prompt, asked twice, is found the second time."""
-    prompt = [1] * (2 * served.block_tokens)
+    prompt = [1] * (served.block_tokens + 1)
     for _ in range(2):
         body = {"model": served.model, "prompt": prompt, "max_tokens": 1}
         async with session.post(served.url + PATH, json=body) as response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -11,8 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from servegym.envs.costs.profile import Start
+from servegym.runtime.calibrate.machine import wait_for
+from servegym.runtime.engine.config import ModelConfig
 from servegym.runtime.engine.instance import Instance
-from servegym.runtime.engine.model import Transformer, parameters
+from servegym.runtime.engine.model import Transformer, geometry, parameters
+
+LAYERS = 4  # whose weights are written and read: gigabytes more would say the same
 
 
 def warm_up_s(instances: Sequence[Instance]) -> float:
@@ -38,18 +43,21 @@ def start_of(weights: float, warm_up: float) -> Start:
 
 
 def weights_s(model: Transformer) -> float:
-    """Seconds to build the model from a folder of safetensors that was just written."""
+    """Seconds to build the model from safetensors: those of some layers, just written, scaled by bytes."""
+    some = replace(model.config, layers=min(LAYERS, model.config.layers))
+    part, whole = (geometry(c, model.dtype.itemsize).weight_bytes for c in (some, model.config))
     with TemporaryDirectory() as folder:
-        save_file(stored(model), Path(folder) / "model.safetensors")
+        save_file(stored(model, some), Path(folder) / "model.safetensors")
         start = perf_counter()
-        Transformer(model.config, str(model.device), str(model.dtype).removeprefix("torch."), folder)
-        return perf_counter() - start
+        Transformer(some, str(model.device), str(model.dtype).removeprefix("torch."), folder)
+        wait_for(model.device)
+        return (perf_counter() - start) * whole / part
 
 
-def stored(model: Transformer) -> dict[str, torch.Tensor]:
-    """The weights as a Hugging Face checkpoint has them."""
+def stored(model: Transformer, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The weights as a Hugging Face checkpoint has them; of the layers that `config` has."""
     tensors: dict[str, torch.Tensor] = {}
-    for p in parameters(model.config):
+    for p in parameters(config):
         layer, _, name = p.name.rpartition(".")
         whole = model.layers[int(layer)][name] if layer else getattr(model, name)
         parts = whole.split([rows for _, rows in p.parts])

@@ -44,7 +44,7 @@ def time_swap(instance: Instance, blocks: int, group: int) -> tuple[float, float
 
 def time_transfer(source: Instance, target: Instance, blocks: int) -> float:
     """Seconds to copy so many scattered blocks from one instance to another."""
-    ids = (torch.randperm(side.setting.blocks)[:blocks] for side in (source, target))
+    ids = [torch.randperm(side.setting.blocks)[:blocks] for side in (source, target)]
     return _seconds(source.model, lambda: copy_blocks(source, target, *ids))
 
 

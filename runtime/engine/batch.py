@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 from servegym.runtime.engine.request import Request
 
@@ -16,7 +17,8 @@ class Chunk:
 
     Attributes:
         table: int64, the blocks of all of its tokens.
-        mask: bool [end - start, past + end - start], what each token attends to; None where `past` is 0.
+        mask: [end - start, past + end - start], what each token attends to: bool, on CUDA a bias that
+            FlashAttention need not read; None where `past` is 0.
     """
 
     start: int
@@ -90,8 +92,10 @@ def build_batch(
 def _chunk(r: Request, new: int, end: int, block_tokens: int, device: torch.device) -> Chunk:
     total = r.computed + new
     table = torch.from_numpy(r.table[: -(-total // block_tokens)]).to(device)
-    mask = None
-    if r.computed:
-        reach = torch.arange(r.computed, total, device=device)
-        mask = torch.arange(total, device=device) <= reach[:, None]
-    return Chunk(end - new, end, r.computed, table, mask)
+    return Chunk(end - new, end, r.computed, table, _mask(r.computed, total, device) if r.computed else None)
+
+
+def _mask(past: int, total: int, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        return causal_lower_right(total - past, total)
+    return torch.arange(total) <= torch.arange(past, total)[:, None]

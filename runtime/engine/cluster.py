@@ -6,6 +6,7 @@ exactly the output that the workload says, and move and give way as the policy s
 
 from __future__ import annotations
 
+import gc
 import heapq
 import time
 from collections.abc import Mapping
@@ -80,12 +81,13 @@ class EnginePlayer:
     def close(self) -> None:
         """Free the instances' memory."""
         self._fleet = None
+        gc.collect()  # they refer to themselves
 
     def instances(self, cluster: ClusterSpec, unit: int) -> tuple[list[InstanceSettings], list[Instance]]:
         """How views see the instances of a fleet, and these; those of the last play, if it is the same."""
         if self._fleet and self._fleet[:2] == (cluster, unit):
             return self._fleet[2:]
-        self._fleet = None
+        self.close()
         lock, migrates = RLock(), cluster.migration is not None
         settings = [
             InstanceSettings.of(spec, prefix_caching=cluster.prefix_caching, migrates=migrates)

@@ -86,7 +86,7 @@ def copy_blocks(source: Instance, target: Instance, blocks: torch.Tensor, to: to
         for mine, theirs in zip(source.cache.flatten(0, 1), target.cache.flatten(0, 1), strict=True):
             theirs.index_copy_(0, to, mine.index_select(0, blocks))
         return
-    side = torch.cuda.Stream(device)
+    side = source.copies
     if target.swap.gathered:  # the blocks may be those of a request that is still on its way out
         side.wait_event(target.swap.gathered)
     with torch.cuda.stream(side):

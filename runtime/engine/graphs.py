@@ -20,7 +20,8 @@ class DecodeGraphs:
     """Captured decode iterations of one instance.
 
     Args:
-        cache: the instance's KV; rows that fill a batch up write to its last block.
+        cache: the instance's KV; rows that fill a batch up write to its last block. The current stream is the
+            instance's.
         width: blocks of the longest request.
     """
 
@@ -28,7 +29,7 @@ class DecodeGraphs:
         self.spare, self.block_tokens = cache.shape[2] - 1, cache.shape[3]
         sizes = [1, 2, 4, *range(8, max_seqs, 8), max_seqs]
         self.captured: dict[int, _Captured] = {}
-        pool = None
+        pool, stream = None, torch.cuda.current_stream(cache.device)
         for size in sorted(
             {s for s in sizes if s <= max_seqs}, reverse=True
         ):  # the largest shares its memory
@@ -36,7 +37,9 @@ class DecodeGraphs:
             model.forward(inputs, cache)  # compiles kernels, which a capture cannot
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # On the instance's own stream: cuBLAS keeps a workspace a stream, and graphs captured on torch's
+            # default for it would share one with those of instances that run at the same time.
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = model.forward(inputs, cache)
             pool = pool or graph.pool()
             self.captured[size] = _Captured(inputs, graph, logits)

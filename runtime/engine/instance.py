@@ -34,6 +34,7 @@ class Instance:
         lock: the lock of the cluster that it belongs to.
 
     Attributes:
+        stream, copies: on CUDA, where its iterations run, and what leaves it for another instance.
         idle: what `serve` does while there is nothing to run; None: it sleeps.
 
     Raises:
@@ -50,7 +51,8 @@ class Instance:
     ) -> None:
         keep_freed_memory()
         self.model, self.setting, self.number = model, setting, number
-        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        is_cuda = model.device.type == "cuda"
+        self.stream, self.copies = (torch.cuda.Stream(model.device) if is_cuda else None for _ in range(2))
         try:
             self.cache = allocate_cache(
                 model.config, setting.blocks, setting.block_tokens, model.device, model.dtype

@@ -11,12 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-LEAST_TOKENS = 512  # context of a part, unless there are MOST_SPLITS of them
-MOST_SPLITS = 32
+LEAST_TOKENS = 512  # context of a part, unless there are as many parts as may be
+LEAST_SPLITS, MOST_SPLITS = 4, 32
+PROGRAMS = 4096  # enough for any GPU
 TILE_TOKENS = 64  # read at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # which changes with the longest context of a batch
 def _part(
     q, keys, values, tables, lengths, parts, scale,
     table_stride, block_stride, token_stride,
@@ -24,7 +25,11 @@ def _part(
     ROWS: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one request's group of heads to one part of its context: running maximum, sum, output."""
-    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, request, split = (
+        tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2),
+    )  # heads share a block's memory
     length = tl.load(lengths + request)
     part_tokens = tl.maximum(LEAST, tl.cdiv(length, SPLITS))
     begin = split * part_tokens
@@ -100,12 +105,12 @@ def paged_decode(
     """
     n, heads, dim = q.shape
     block_tokens, kv_heads = keys.shape[1:3]
-    # By the table's width, not by the lengths: a captured graph must launch the same for any of these.
-    longest = tables.shape[1] * block_tokens
-    splits = triton.next_power_of_2(min(MOST_SPLITS, triton.cdiv(longest, LEAST_TOKENS)))
+    # By the batch, not by the lengths: a captured graph must launch the same for any of these.
+    wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, n * kv_heads))
+    splits = max(LEAST_SPLITS, min(MOST_SPLITS, wanted))
     parts = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device)
     result = torch.empty_like(q)
-    _part[(n, kv_heads, splits)](
+    _part[(kv_heads, n, splits)](
         q, keys, values, tables, lengths, parts, dim**-0.5,
         tables.stride(0), keys.stride(0), keys.stride(1),
         heads, kv_heads, dim, block_tokens, max(16, triton.next_power_of_2(heads // kv_heads)), splits,

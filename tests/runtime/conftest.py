@@ -29,11 +29,16 @@ def write_config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(write_config):
-    """A model whose rounding is far below the distance of any two logits."""
+    """A model whose rounding is far below the distance of any two logits; on a GPU where there is one."""
+    import torch
+
     from servegym.runtime.engine.config import load_config
     from servegym.runtime.engine.model import Transformer
 
-    return Transformer(load_config(write_config()), dtype="float64")
+    config = load_config(write_config())
+    if torch.cuda.is_available():  # whose kernel takes no float64
+        return Transformer(config, "cuda", "float32")
+    return Transformer(config, dtype="float64")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def known(blocks, group=1, noise=0.0, rng=None):
 
 @pytest.mark.parametrize("group", [1, 16])
 def test_a_known_link_is_found(group):
-    copies = measure_copies(lambda n: known(n, group), SIZES, BLOCK, group, rounds=3)
+    (copies,) = measure_copies(lambda n: [known(n, group)], SIZES, BLOCK, group, rounds=3)
     link, error = fit_link(copies)
     if group == 1:  # calls and bytes rise alike: only their sum is known
         each = link.seconds_per_call + BLOCK / link.bytes_per_second
@@ -29,13 +29,13 @@ def test_a_known_link_is_found(group):
 
 
 def test_a_call_of_many_copies_is_shared_among_them():
-    copies = measure_copies(lambda n: known(n, 16), SIZES, BLOCK, 16, rounds=3)
+    (copies,) = measure_copies(lambda n: [known(n, 16)], SIZES, BLOCK, 16, rounds=3)
     assert fit_link(copies, calls_each=8)[0].seconds_per_call == pytest.approx(LATENCY / 8, rel=1e-3)
 
 
 def test_noise_shows_in_the_error_on_left_out_sizes():
     rng = np.random.default_rng(0)
-    copies = measure_copies(lambda n: known(n, 16, 0.1, rng), SIZES, BLOCK, 16, rounds=9)
+    (copies,) = measure_copies(lambda n: [known(n, 16, 0.1, rng)], SIZES, BLOCK, 16, rounds=9)
     link, error = fit_link(copies)
     assert 0.1 < error.max_percent < 30
     assert link.bytes_per_second == pytest.approx(RATE, rel=0.2)
@@ -53,9 +53,10 @@ def test_sizes_come_in_random_order_after_a_round_that_is_forgotten():
 
     def copy(blocks):
         seen.append(blocks)
-        return 100.0 if len(seen) <= len(SIZES) else float(blocks)
+        return (100.0, 100.0) if len(seen) <= len(SIZES) else (float(blocks), 2.0 * blocks)
 
-    copies = measure_copies(copy, SIZES, BLOCK, 4, rounds=2)
+    copies, back = measure_copies(copy, SIZES, BLOCK, 4, rounds=2)
     assert copies.seconds.tolist() == [float(n) for n in SIZES]
+    assert back.seconds.tolist() == [2.0 * n for n in SIZES]
     assert copies.calls.tolist() == [1, 1, 1, 2, 4, 8, 16, 32]
     assert sorted(seen[:8]) == SIZES and seen[:8] != SIZES and seen[8:16] != seen[:8]

@@ -1,5 +1,9 @@
 """Decode attention against its reference; the Triton kernel by Triton's interpreter where there is no GPU."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -87,3 +91,41 @@ def test_paged_decode_reads_no_further_than_it_should(paged_decode):
     for table, n in zip(tables, used.tolist(), strict=True):
         table[n:] = 10**6
     assert torch.equal(paged_decode(q, keys, values, tables, lengths), expected)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from servegym.runtime.engine import paged_decode as room
+
+def compiled(kernel, pointers, integers, **constants):
+    signature = {**pointers, **integers, **dict.fromkeys(constants, "constexpr")}
+    names = list(signature)
+    aligned = [n for n in names if n in pointers or n in ("block_stride", "token_stride")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+pointers = {**dict.fromkeys(("q", "keys", "values"), "*bf16"), "tables": "*i64", "lengths": "*i32"}
+pointers["parts"] = "*fp32"
+integers = {"scale": "fp32", "table_stride": "i32", "block_stride": "i32", "token_stride": "i32"}
+part = compiled(
+    room._part, pointers, integers, HEADS=32, KV_HEADS=8, DIM=128, BLOCK=16, ROWS=16, SPLITS=8,
+    LEAST=room.LEAST_TOKENS, TILE=room.TILE_TOKENS,
+)
+outputs = {"parts": "*fp32", "lengths": "*i32", "result": "*bf16"}
+join = compiled(room._join, outputs, {}, HEADS=32, DIM=128, SPLITS=8, LEAST=room.LEAST_TOKENS)
+print(part.metadata.shared, join.metadata.shared)
+"""
+
+
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here():
+    """Llama-3.1-8B's, for Hopper; in a process of its own, since here Triton may interpret."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shared = [int(part) for part in done.stdout.split()]
+    assert max(shared) < 64 << 10  # three programs and more fit a processor, which has 228 KiB
+    assert shared[0] > 2 * 128 * 64 * 2  # keys and values are read ahead
