@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 # vLLM's hundred pinned packages keep to an environment of their own; $SERVEGYM_VLLM_PYTHON names another one.
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
-SERVING := benchmarks/gateway.py benchmarks/engine_loss.py benchmarks/picker.py
+SERVING := $(addprefix benchmarks/,gateway.py engine_loss.py picker.py served_engine.py)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: train test test-slow test-envoy test-vllm mutation lint bench bench-serving clean

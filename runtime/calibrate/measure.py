@@ -28,15 +28,17 @@ def measure(
     *,
     rounds: int,
     seed: int = 0,
+    warm_up: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> np.ndarray:
     """Seconds of every shape in every round; float64 [shapes, rounds].
 
-    A first round of all shapes warms up and is forgotten. Each round has its own random order, so no shape
-    always follows the same other, and what slows the machine down for a while hits all shapes alike.
+    The first `warm_up` rounds of all shapes come on top and are forgotten. Each round has its own random
+    order, so no shape always follows the same other, and what slows the machine down for a while hits all
+    shapes alike.
     """
     with undisturbed():
-        return _measure(bench, shapes, rounds + 1, seed, progress)[:, 1:]
+        return _measure(bench, shapes, warm_up + rounds, seed, progress)[:, warm_up:]
 
 
 def measure_together(

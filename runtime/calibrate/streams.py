@@ -59,7 +59,9 @@ class StreamBench:
 
     async def _open(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_S)
-        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        # A server closes connections that were idle for seconds, perhaps just as one is used again.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
 
     def run(self, shape: Shape) -> float:
         """Seconds of one iteration of that shape."""

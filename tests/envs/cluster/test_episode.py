@@ -13,9 +13,11 @@ from servegym.agents.play import play
 from servegym.envs.cluster.capacity import saturation_rps
 from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.schema import REQUEST, column
+from servegym.envs.cluster.settings import setting_of_spec
 from servegym.envs.cluster.simulate import simulate
 from servegym.envs.cluster.spec import ClusterSpec, parse_cluster
 from servegym.envs.cluster.vector import DispatchVectorEnv
+from servegym.envs.costs import load_profile, save_profile
 from servegym.envs.scenario import Scenario, Slo, load_scenario
 from servegym.envs.workloads import generate, scale_rate
 from servegym.envs.workloads.workload import make_workload
@@ -55,6 +57,19 @@ def test_exact_predictions_and_settings():
     np.testing.assert_array_equal(episode.predicted_output, episode.workload.output_tokens)
     assert not episode.cluster.prefix_caching
     assert {i.token_budget for i in episode.cluster.instances} == {512}
+
+
+def test_blocks_are_those_of_the_profile_unless_a_fleet_has_others(tmp_path):
+    profile = replace(load_profile("a100-llama-3.1-8b"), kv_blocks=100, block_tokens=128)
+    save_profile(profile, tmp_path / "profile.json")
+    fleet = parse_cluster(str(tmp_path / "profile.json"))
+    found = setting_of_spec("fleet", fleet.instances[0], profile)
+    assert (found.blocks, found.block_tokens) == (100, 128)
+    found = setting_of_spec("fleet", replace(fleet.instances[0], block_tokens=16), profile)
+    assert (found.blocks, found.block_tokens) == (800, 16)
+    assert saturation_rps(fleet, generate("fixed:12700-100", 10)) > 0
+    with pytest.raises(InputError, match="exceeds"):
+        saturation_rps(fleet, generate("fixed:12701-100", 10))
 
 
 def test_windows_of_a_trace(tmp_path):

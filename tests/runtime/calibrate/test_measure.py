@@ -37,6 +37,12 @@ def test_each_round_has_every_shape_once_in_an_order_of_its_own():
     np.testing.assert_array_equal(seconds, np.repeat(np.arange(1.0, 21.0)[:, None], 3, axis=1))
 
 
+def test_no_round_is_forgotten_where_there_is_nothing_to_warm_up():
+    bench = Recorder()
+    assert measure(bench, SHAPES, rounds=2, warm_up=0).shape == (20, 2)
+    assert len(bench.ran) == 40
+
+
 def test_drift_does_not_look_like_a_shape():
     seconds = typical(measure(Recorder(drift=0.05), SHAPES, rounds=9, seed=0))
     extra = seconds - np.arange(1.0, 21.0)
