@@ -84,6 +84,7 @@ def engine_settings(fleet: ClusterSpec, i: int, settings: InstanceSettings) -> E
     arguments = ["--load-format", "dummy", "--skip-tokenizer-init", "--enable-prompt-tokens-details"]
     arguments += ["--block-size", str(setting.block_tokens), "--max-num-batched-tokens", str(setting.budget)]
     arguments += ["--scheduling-policy", spec.queue]
+    arguments.append("--async-scheduling" if spec.async_scheduling else "--no-async-scheduling")
     if not fleet.prefix_caching:
         arguments.append("--no-enable-prefix-caching")
     return EngineSettings(
