@@ -117,9 +117,8 @@ def migrator(policy: str, engines: Sequence[Engine], folder: Path, *flags: str) 
 
 
 def _start(line: list[str], log: Path) -> subprocess.Popen:
-    # A session of its own: Linux shares the cores between sessions, and locust and engines want all.
     with log.open("w", encoding="utf-8") as out:
-        return subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT, process_group=0)
 
 
 def _run(front: Front) -> Iterator[Front]:

@@ -245,7 +245,8 @@ class Envoy:
         _write_engines(Path(folder.name), endpoints)
         arguments = ["-c", str(path), "--use-dynamic-base-id", "-l", "error"]
         arguments += ["--concurrency", str(settings.envoy_threads)]
-        process = await asyncio.create_subprocess_exec(str(binary), *arguments, start_new_session=True)
+        # Out of the terminal's reach, but no session: Linux would schedule it as one, apart from the picker.
+        process = await asyncio.create_subprocess_exec(str(binary), *arguments, process_group=0)
         envoy = cls(process, folder)
         try:
             await asyncio.wait_for(envoy._wait(), READY_S)
