@@ -18,7 +18,7 @@ COMMANDS = {
     "evolve": "search dispatch rules that teach networks",
     "evaluate": "play policies and heuristics on the same requests; table, JSON and plots",
     "export": "turn a checkpoint into a bundle that needs no torch",
-    "calibrate": "measure the runtime on this machine and write a cost profile",
+    "calibrate": "measure the runtime here, or `calibrate engine` a vLLM server, and write a cost profile",
     "validate": "play a trace on real engines and in the model; measured beside predicted",
     "gateway": "put a bundle in front of a list of engines, behind Envoy",
     "migrator": "move requests between running vLLM servers as a bundle decides",
@@ -31,6 +31,11 @@ COMMANDS = {
 }
 # What a command can be asked for instead of its usual work, as a word behind its name.
 SPECIAL = {("evaluate", "zoo"): "zoo", ("calibrate", "engine"): "calibrate_engine"}
+# What optional dependencies are imported as.
+EXTRAS = {
+    **dict.fromkeys(("aiohttp", "envoy", "grpc", "hpack", "msgpack", "prometheus_client", "zmq"), "gateway"),
+    **dict.fromkeys(("onnx", "onnxscript"), "export"),
+}
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -59,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `servegym data | head`; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _refuse(f"{error.name} is missing: pip install 'servegym[{extra}]'")
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:

@@ -59,8 +59,8 @@ def _measured(spec: InstanceSpec, caching: bool, w: Workload) -> float:
 def _room(spec: InstanceSpec) -> int:
     """Largest request in tokens that the instance can hold."""
     profile = load_profile(spec.profile)
-    block_tokens = spec.block_tokens or profile.block_tokens
-    blocks = spec.kv_blocks or profile.kv_tokens // block_tokens
+    block_tokens = profile.block_tokens if spec.block_tokens is None else spec.block_tokens
+    blocks = profile.kv_tokens // block_tokens if spec.kv_blocks is None else spec.kv_blocks
     return (blocks - int(spec.watermark * blocks)) * block_tokens
 
 

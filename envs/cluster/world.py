@@ -250,8 +250,8 @@ def _check_fit(episode: Episode, settings: np.ndarray) -> None:
         if w.prefix_block_tokens % size:
             raise InputError(
                 w.name, "prefix_block_tokens", w.prefix_block_tokens,
-                f"must be a multiple of the KV block of {size} tokens; "
-                "set prefix_caching = false or block_tokens",
+                f"must be a multiple of the KV block of {size} tokens; in a scenario set "
+                f"engine = {{ block_tokens = {w.prefix_block_tokens} }} or prefix_caching = false",
             )  # fmt: skip
 
 

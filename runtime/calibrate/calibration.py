@@ -208,7 +208,7 @@ def _copies(
     def taken(copy: Callable[[int], Sequence[float]], group: int) -> list[Copies]:
         return measure_copies(copy, sizes, block_bytes, group, options.rounds, options.seed)
 
-    found = {}
+    found: dict[str, Copies] = {}
     for group in sorted({1, options.swap_group}):
         both_ways = taken(partial(time_swap, instance, group=group), group)
         found |= {f"swap {way}, {group} a call": c for way, c in zip(("out", "in"), both_ways, strict=True)}

@@ -3,18 +3,22 @@
 An engine that batches continuously gives every request that decodes one token an iteration. So a few requests
 are brought to decode at the contexts of a shape, and the iteration's time is the gap between their tokens:
 over a window of iterations, or, with a prompt sent beside them, the one gap in which its chunk was computed.
-What the server's front end takes for a request is in no gap.
+What the server's front end takes before the first token of a request is in no gap; a front end or a client
+that cannot keep up with the engine's tokens is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
+import os
+import secrets
 import time
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Coroutine, Sequence
 from statistics import median
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import aiohttp
 import numpy as np
@@ -22,11 +26,20 @@ import numpy as np
 from servegym.errors import InputError
 from servegym.runtime.calibrate.shapes import Limits, Shape
 from servegym.runtime.vllm.leg import PATH, EngineLostError
-from servegym.runtime.vllm.player import SILENCE_S, scrape
+from servegym.runtime.vllm.player import scrape
 
 WINDOW = 8  # iterations of decodes, measured together
 SLACK = 64  # tokens that a request may generate beyond its context, before it ends by itself
+TRIES = 3  # of a shape, whose requests may fail or whose tokens may come several at once
+SILENCE_S = 600.0  # from an engine that first computes the prompts of all
 SETTLE_S, SETTLE_POLL_S = 10.0, 0.01  # for the last shape's requests to leave the engine
+KEY = "OPENAI_API_KEY"
+
+Number = TypeVar("Number", int, float)
+
+
+class NotSeenError(EngineLostError):
+    """The tokens of the iteration in question came together with others."""
 
 
 class StreamBench:
@@ -37,16 +50,18 @@ class StreamBench:
         model: its name there.
         limits: what the engine can hold.
         vocabulary: token ids are below it.
-        seed: of the token ids. Prompts are never the same, so that no prefix is cached unless it is meant.
+        seed: of the token ids. No prompt is found in the prefix cache, unless it is meant to be.
 
     Raises:
-        InputError: naming the engine that failed.
+        InputError: naming the engine that failed or refused.
     """
 
     def __init__(self, url: str, model: str, limits: Limits, vocabulary: int, seed: int = 0) -> None:
         self._url, self._model, self._limits, self._vocabulary = url, model, limits, vocabulary
         self._rng = np.random.default_rng(seed)
+        self._salt = secrets.token_hex(8)  # another run may have had the same prompts
         self._prefix = self._tokens(limits.max_context)  # what chunks with a past begin with
+        self._contexts: defaultdict[Shape, list[list[int]]] = defaultdict(list)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:
@@ -58,32 +73,47 @@ class StreamBench:
         self._runner.close()
 
     async def _open(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_S)
-        # A server closes connections that were idle for seconds, perhaps just as one is used again.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        self._session = open_session()
 
     def run(self, shape: Shape) -> float:
-        """Seconds of one iteration of that shape."""
-        return self._call(self._run(shape))
+        """Seconds of one iteration of that shape, nearly: see `as_run`."""
+        for left in reversed(range(TRIES)):
+            try:
+                return self._call(self._run(shape))
+            except EngineLostError as error:
+                if not left:
+                    raise InputError(self._url, "engine", str(error), _hint(error)) from error
+        raise AssertionError
+
+    def as_run(self, shape: Shape) -> Shape:
+        """What ran in its place: requests do not begin to decode together. Medians over all runs."""
+        contexts = np.median(self._contexts[shape], axis=0)
+        return Shape(tuple(int(context) for context in contexts), shape.chunks)
 
     def first_token(self) -> float:
         """Seconds from a request of one prompt token to its answer of one token."""
         return self._call(self._alone())
 
-    def _call(self, work: Coroutine[Any, Any, float]) -> float:
+    def most_at_once(self) -> int:
+        """Requests that the engine runs of one more than it should be able to."""
+        return self._call(self._most_at_once())
+
+    def iterations(self, tokens: int) -> int:
+        """Iterations in which the engine computes a prompt of so many tokens beside one decode."""
+        return round(median(self._call(self._iterations(tokens)) for _ in range(TRIES)))
+
+    def _call(self, work: Coroutine[Any, Any, Number]) -> Number:
         try:
             return self._runner.run(work)
-        except ExceptionGroup as group:
-            raise self._failed(group.exceptions[0]) from group
-        except (EngineLostError, aiohttp.ClientError, TimeoutError) as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: BaseException) -> InputError:
-        if isinstance(error, InputError):
-            return error
-        hint = "the engine must go on serving while it is measured"
-        return InputError(self._url, "engine", str(error) or repr(error), hint)
+        except (ExceptionGroup, aiohttp.ClientError, OSError, ValueError) as error:
+            cause: BaseException = error
+            while isinstance(cause, BaseExceptionGroup):
+                cause = cause.exceptions[0]
+            if isinstance(cause, (EngineLostError, InputError)):
+                raise cause from None
+            if isinstance(cause, (aiohttp.ClientError, OSError, ValueError)):
+                raise EngineLostError(str(cause) or repr(cause)) from error
+            raise cause from None
 
     # --- shapes -----------------------------------------------------------------------------------------
 
@@ -97,31 +127,64 @@ class StreamBench:
         async with asyncio.TaskGroup() as tasks:
             reading = [tasks.create_task(self._decode(stream)) for stream in streams]
             await asyncio.gather(*(stream.reach(2) for stream in streams))
+            begin = [stream.tokens for stream in streams]
             seconds = await (self._beside(streams, shape) if shape.chunks else self._window(streams))
             for task in reading:
                 task.cancel()
+        middle = ((n + stream.tokens) // 2 for n, stream in zip(begin, streams, strict=True))
+        self._contexts[shape].append([len(s.prompt) + n for s, n in zip(streams, middle, strict=True)])
         return seconds
+
+    async def _window(self, streams: Sequence[_Stream]) -> float:
+        """Seconds of an iteration, the mean over a window in which all decode."""
+        begin = [len(stream.events) - 1 for stream in streams]
+        await asyncio.gather(*(stream.reach(stream.tokens + WINDOW) for stream in streams))
+        return median(stream.pace(n) for stream, n in zip(streams, begin, strict=True))
+
+    async def _beside(self, streams: Sequence[_Stream], shape: Shape) -> float:
+        """Seconds of the iteration that computes a chunk beside the decodes."""
+        ((new, past),) = shape.chunks
+        came = await self._first_token_s([*self._prefix[:past], *self._tokens(new)])
+        await asyncio.gather(*(stream.reach(stream.tokens + 1) for stream in streams))
+        gaps = [gap for stream in streams if (gap := stream.gap_before(came))]
+        if not gaps:
+            raise NotSeenError("tokens came several at once")
+        return median(gaps)
 
     async def _alone(self) -> float:
         await self._settled()
         begin = time.perf_counter()
         return await self._first_token_s(self._tokens(1)) - begin
 
-    async def _window(self, streams: Sequence[_Stream]) -> float:
-        """Seconds of an iteration, the mean over a window in which all decode."""
-        begin = [len(stream.at) for stream in streams]
-        await asyncio.gather(*(stream.reach(n + WINDOW) for stream, n in zip(streams, begin, strict=True)))
-        return median(
-            (stream.at[n + WINDOW - 1] - stream.at[n - 1]) / WINDOW
-            for stream, n in zip(streams, begin, strict=True)
-        )
+    # --- what the engine was started with -----------------------------------------------------------------
 
-    async def _beside(self, streams: Sequence[_Stream], shape: Shape) -> float:
-        """Seconds of the iteration that computes a chunk beside the decodes."""
-        ((new, past),) = shape.chunks
-        came = await self._first_token_s([*self._prefix[:past], *self._tokens(new)])
-        await asyncio.gather(*(stream.reach(len(stream.at) + 2) for stream in streams))
-        return median(stream.gap_at(came) for stream in streams)
+    async def _most_at_once(self) -> int:
+        await self._settled()
+        streams = [_Stream(self._tokens(1)) for _ in range(self._limits.max_seqs + 1)]
+        async with asyncio.TaskGroup() as tasks:
+            reading = [tasks.create_task(self._decode(stream)) for stream in streams]
+            until = time.monotonic() + SETTLE_S
+            while True:
+                said = await scrape(self._session, self._url)
+                decoding = sum(stream.tokens > 1 for stream in streams)
+                everybody = decoding + said.waiting == len(streams) and decoding == said.running
+                if everybody or time.monotonic() > until:
+                    break
+            for task in reading:
+                task.cancel()
+        return decoding
+
+    async def _iterations(self, tokens: int) -> int:
+        await self._settled()
+        stream = _Stream(self._tokens(1))
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(self._decode(stream))
+            await stream.reach(WINDOW)
+            sent = time.perf_counter()
+            came = await self._first_token_s(self._tokens(tokens))
+            await stream.reach(stream.tokens + 1)
+            reading.cancel()
+        return stream.long_gaps(sent, came)
 
     # --- requests ---------------------------------------------------------------------------------------
 
@@ -145,59 +208,106 @@ class StreamBench:
         """When the only token of a request came."""
         stream = _Stream(prompt)
         await self._follow(stream, 1)
-        return stream.at[0]
+        return stream.events[0].at
 
     async def _decode(self, stream: _Stream) -> None:
         """Follow a request that is to be cancelled once it was measured."""
         await self._follow(stream, self._limits.max_context + SLACK - len(stream.prompt))
-        raise EngineLostError(f"{len(stream.at)} tokens came before the iteration to be measured")
+        hint = "it was started with less than --max-seqs or --token-budget say"
+        raise InputError(self._url, "requests", f"one ended after {stream.tokens} tokens", hint)
 
     async def _follow(self, stream: _Stream, tokens: int) -> None:
         """Note when the tokens of a request come."""
         body = {
             "model": self._model, "prompt": stream.prompt, "max_tokens": tokens, "ignore_eos": True,
-            "temperature": 0, "stream": True, "return_token_ids": True,
+            "temperature": 0, "cache_salt": self._salt, "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }  # fmt: skip
         async with self._session.post(self._url + PATH, json=body) as response:
             if response.status != 200:
-                raise EngineLostError(f"HTTP {response.status}: {await response.text()}")
+                said = f"HTTP {response.status}: {(await response.text())[:300]}"
+                raise InputError(self._url, "request", said, f"is --model what it serves? {KEY} its key?")
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    choices = json.loads(line[6:]).get("choices", ())
-                    stream.came(sum(len(choice.get("token_ids") or ()) for choice in choices))
-        if len(stream.at) < tokens:
-            raise EngineLostError(f"{len(stream.at)} of {tokens} tokens came")
+                    now, event = time.perf_counter(), json.loads(line[6:])
+                    if "error" in event:
+                        raise EngineLostError(str(event["error"]))
+                    stream.came(now, event["usage"]["completion_tokens"])
+        if stream.tokens < tokens:
+            raise EngineLostError(f"{stream.tokens} of {tokens} tokens came")
+
+
+def open_session() -> aiohttp.ClientSession:
+    """A session for an engine, with the key of $OPENAI_API_KEY where there is one."""
+    key = os.environ.get(KEY)
+    # A server closes connections that were idle for seconds, perhaps just as one is used again.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_S)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers)
+
+
+class _Event(NamedTuple):
+    """Tokens that came together: when, and how many there were by then."""
+
+    at: float
+    tokens: int
 
 
 class _Stream:
     """A request that decodes.
 
     Attributes:
-        at: when each of its tokens came.
+        events: its tokens as they came, mostly one by one.
     """
 
     def __init__(self, prompt: list[int]) -> None:
         self.prompt = prompt
-        self.at: list[float] = []
+        self.events: list[_Event] = []
         self._goal, self._reached = 0, asyncio.Event()
 
-    def came(self, tokens: int) -> None:
-        """So many tokens, just now."""
-        self.at += [time.perf_counter()] * tokens
-        if len(self.at) >= self._goal:
+    @property
+    def tokens(self) -> int:
+        """How many have come."""
+        return self.events[-1].tokens if self.events else 0
+
+    def came(self, now: float, tokens: int) -> None:
+        """So many are there now; the end of a stream repeats its last count."""
+        if tokens > self.tokens:
+            self.events.append(_Event(now, tokens))
+        if self.tokens >= self._goal:
             self._reached.set()
 
     async def reach(self, tokens: int) -> None:
         """Return once it has so many tokens."""
         self._goal = tokens
-        if len(self.at) < tokens:
+        if self.tokens < tokens:
             self._reached.clear()
             await self._reached.wait()
 
-    def gap_at(self, moment: float) -> float:
-        """Between the token nearest to that moment and the one before it."""
-        last = min(range(1, len(self.at)), key=lambda k: abs(self.at[k] - moment))
-        return self.at[last] - self.at[last - 1]
+    def pace(self, begin: int) -> float:
+        """Seconds a token from an event on, to the last one."""
+        first, last = self.events[begin], self.events[-1]
+        return (last.at - first.at) / (last.tokens - first.tokens)
+
+    def gap_before(self, moment: float) -> float | None:
+        """The gap that ended with the iteration of another request's token; None where it had two tokens.
+
+        An engine hands out an iteration's tokens in the order of its batch, in which new prompts are last.
+        """
+        times = [event.at for event in self.events]
+        late = float(np.median(np.diff(times))) / 4
+        last = max(bisect_right(times, moment + late) - 1, 1)
+        (_, before), (_, now) = self.events[last - 1 : last + 1]
+        return times[last] - times[last - 1] if now - before == 1 else None
+
+    def long_gaps(self, sent: float, came: float) -> int:
+        """Iterations between two moments that took as long as those which compute most of a prompt."""
+        times = np.array([event.at for event in self.events])
+        gaps = np.diff(times)
+        usual, late = float(np.median(gaps)), float(np.median(gaps)) / 4
+        during = gaps[(times[1:] > sent) & (times[1:] <= came + late)]
+        return int((during > (usual + during.max(initial=usual)) / 2).sum())
 
 
 def prompt_lengths(contexts: Sequence[int], token_budget: int) -> list[int]:
@@ -205,6 +315,19 @@ def prompt_lengths(contexts: Sequence[int], token_budget: int) -> list[int]:
 
     They are computed in order, a budget of tokens an iteration, and whoever is through decodes meanwhile.
     """
-    ends = [-(-end // token_budget) for end in itertools.accumulate(contexts)]
+    ends: list[int] = []
+    iteration, room = 0, token_budget
+    for context in contexts:
+        while context > room:
+            context -= room
+            iteration, room = iteration + 1, max(token_budget - len(ends), 1)
+        room -= context
+        ends.append(iteration)
     ahead = WINDOW // 2 + 1
-    return [max(context - (ends[-1] - end) - ahead, 1) for context, end in zip(contexts, ends, strict=True)]
+    return [max(context - (iteration - end) - ahead, 1) for context, end in zip(contexts, ends, strict=True)]
+
+
+def _hint(error: EngineLostError) -> str:
+    if isinstance(error, NotSeenError):
+        return "start it with --stream-interval 1, and leave it and this process more of the CPU"
+    return "the engine must go on serving while it is measured"

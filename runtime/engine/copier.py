@@ -81,12 +81,11 @@ class BlockCopier:
 @torch.inference_mode()
 def copy_blocks(source: Instance, target: Instance, blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Copy blocks of one instance to blocks of another: gathered, then scattered; returns when it is done."""
-    device = source.cache.device
-    if device.type == "cpu":
+    device, side = source.cache.device, source.copies
+    if side is None:  # on the CPU
         for mine, theirs in zip(source.cache.flatten(0, 1), target.cache.flatten(0, 1), strict=True):
             theirs.index_copy_(0, to, mine.index_select(0, blocks))
         return
-    side = source.copies
     if target.swap.gathered:  # the blocks may be those of a request that is still on its way out
         side.wait_event(target.swap.gathered)
     with torch.cuda.stream(side):

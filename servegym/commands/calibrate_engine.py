@@ -25,7 +25,7 @@ from servegym.runtime.engine.model import DTYPES, geometry
 
 @dataclass(kw_only=True)
 class Command:
-    """Measure a vLLM server that is up and idle, over HTTP, and write a cost profile.
+    """Measure a vLLM server that is up and idle, over HTTP, and write a cost profile; takes minutes.
 
     Brings requests to decode at many contexts, with and without a prompt beside them, and reads the times of
     whole iterations off the gaps between their tokens, in random order. Fits the profile's tables to most of
@@ -43,8 +43,10 @@ class Command:
     """The server's --max-num-seqs."""
     device: str
     """Name of the accelerator that it runs on, for the profile."""
+    tensor_parallel: int = 1
+    """The server's --tensor-parallel-size."""
     dtype: str = "bfloat16"
-    """bfloat16 or float32, of weights and KV."""
+    """bfloat16 or float32, of weights and KV; for a server with 16-bit floats, bfloat16."""
     max_context: int | None = None
     """Longest request that is measured, tokens; by default as long as the server takes, at most 8192."""
     size: int = 20
@@ -59,7 +61,7 @@ class Command:
     def run(self) -> int:
         """Measure, write, show."""
         check_seed("calibrate", self.seed)
-        for name in ("size", "rounds"):
+        for name in ("tensor_parallel", "size", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError("calibrate", name, getattr(self, name), "must be at least 1")
         if self.dtype not in DTYPES:
@@ -77,6 +79,7 @@ class Command:
                 device=self.device,
                 name=folder.name,
                 command=command_line(),
+                tensor_parallel=self.tensor_parallel,
                 progress=lambda text: status.update(f"calibrate: {text}"),
             )
         return finish(write(found, config.raw, folder))

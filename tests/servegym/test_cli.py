@@ -132,3 +132,10 @@ def test_failed_requests_of_a_trace_are_refused_or_dropped(tmp_path, refused, ca
     assert "output_tokens, row 7" in refused(*play)
     assert "zero_output = 'keep'" in refused(*play, "--zero-output", "keep")
     assert main([*play, "--zero-output", "drop"]) == 0
+
+
+def test_a_missing_extra_is_named_in_one_line(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "servegym.commands.predictor", raising=False)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    assert main(["predictor", "h100-llama-3.1-8b"]) == 2
+    assert capsys.readouterr().err == "servegym: aiohttp is missing: pip install 'servegym[gateway]'\n"

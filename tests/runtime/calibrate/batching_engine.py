@@ -1,7 +1,7 @@
 """A vLLM server in this process that batches continuously and takes known times for its iterations.
 
-It schedules as vLLM does: decodes first, then prompts in order of arrival within the token budget, without
-whole cached blocks. Every iteration that it ran is kept, so that a test can look for the one it asked for.
+It schedules as vLLM does where KV is not short: decodes first, then prompts in order of arrival within the
+token budget, without whole cached blocks. Every iteration that it ran is kept, for tests to look at.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from servegym.runtime.calibrate.shapes import Shape
 class Running:
     prompt: list[int]
     most: int
+    salt: str | None
     computed: int = 0
     tokens: asyncio.Queue = field(default_factory=asyncio.Queue)
     given: int = 0
@@ -32,7 +33,11 @@ class BatchingEngine:
     Attributes:
         seconds: of an iteration of some shape.
         caching: whether it keeps whole blocks of prompts.
-        fails_after: iterations after which it drops all connections.
+        fails_after: iterations after which it drops all connections, `failures` times.
+        interval: tokens that an event carries.
+        refuses: status that it answers instead of serving.
+        labels: of its metrics; several where several engines stand behind one address.
+        page: more of its metrics.
         ran: every iteration.
     """
 
@@ -44,10 +49,15 @@ class BatchingEngine:
     block_tokens: int = 16
     caching: bool = True
     fails_after: int | None = None
+    failures: int = 10**9
+    interval: int = 1
+    refuses: int = 0
+    labels: tuple[str, ...] = ("",)
+    page: str = ""
     ran: list[Shape] = field(default_factory=list)
     running: list[Running] = field(default_factory=list)
     waiting: list[Running] = field(default_factory=list)
-    cached: set[tuple[int, ...]] = field(default_factory=set)
+    cached: set[tuple] = field(default_factory=set)
     hits: int = 0
     url: str = ""
 
@@ -78,8 +88,10 @@ class BatchingEngine:
     async def _metrics(self, _: web.Request) -> web.Response:
         size = f'block_size="{self.block_tokens}",num_gpu_blocks="{self.blocks}"'
         return web.Response(
-            text=f"vllm:num_requests_running{{}} {len(self.running)}.0\n"
-            f"vllm:num_requests_waiting{{}} {len(self.waiting)}.0\n"
+            text="".join(
+                f"vllm:num_requests_running{{{label}}} {len(self.running)}.0\n" for label in self.labels
+            )
+            + f"vllm:num_requests_waiting{{}} {len(self.waiting)}.0\n{self.page}"
             "vllm:kv_cache_usage_perc{} 0.0\n"
             f"vllm:prefix_cache_hits_total{{}} {self.hits}.0\n"
             f"vllm:cache_config_info{{{size}}} 1.0\n"
@@ -87,20 +99,24 @@ class BatchingEngine:
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()
+        if self.refuses:
+            return web.json_response({"error": "no"}, status=self.refuses)
         if len(body["prompt"]) + body["max_tokens"] > self.max_model_len:
             return web.json_response({"error": "too long"}, status=400)
-        request = Running(body["prompt"], body["max_tokens"])
+        request = Running(body["prompt"], body["max_tokens"], salt=body.get("cache_salt"))
         self.waiting.append(request)
         self._work.set()
         try:
             response = web.StreamResponse()
             await response.prepare(http)
-            for _ in range(request.most):
+            for k in range(1, request.most + 1):
                 if await request.tokens.get() is None:
                     http.transport.abort()
                     return response
-                chunk = {"choices": [{"token_ids": [7]}]}
-                await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+                if k % self.interval and k < request.most:
+                    continue
+                event = {"choices": [{"text": ""}], "usage": {"completion_tokens": k}}
+                await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await response.write(b"data: [DONE]\n\n")
             return response
         finally:
@@ -127,7 +143,7 @@ class BatchingEngine:
 
     def _admit(self, r: Running) -> Running:
         for end in range(self.block_tokens, len(r.prompt), self.block_tokens):
-            if tuple(r.prompt[:end]) not in self.cached:
+            if (r.salt, *r.prompt[:end]) not in self.cached:
                 break
             r.computed = end
             self.hits += self.block_tokens
@@ -141,7 +157,8 @@ class BatchingEngine:
             shape, plan = self._schedule()
             await asyncio.sleep(self.seconds(shape))
             self.ran.append(shape)
-            lost = self.fails_after is not None and len(self.ran) > self.fails_after
+            lost = self.fails_after is not None and len(self.ran) > self.fails_after and self.failures > 0
+            self.failures -= lost
             for r, new in plan:
                 self._complete(r, new, lost)
 
@@ -152,7 +169,7 @@ class BatchingEngine:
             r.computed += new
             if self.caching:
                 ends = range(self.block_tokens, r.computed + 1, self.block_tokens)
-                self.cached |= {tuple(r.prompt[:end]) for end in ends}
+                self.cached |= {(r.salt, *r.prompt[:end]) for end in ends}
         if r.computed == len(r.prompt):
             r.given += 1
             r.tokens.put_nowait(7)

@@ -42,7 +42,7 @@ def test_free_ports_are_nobody_elses(monkeypatch):
     monkeypatch.setattr(room, "PORTS", [taken, free])
     with socket.socket() as one:
         one.bind(("127.0.0.1", taken))
-        assert free_ports(1) == [free]
+        assert {port for _ in range(20) for port in free_ports(1)} == {free}
 
 
 def test_free_ports_are_given_to_nobody_who_asks_for_any():
