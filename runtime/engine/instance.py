@@ -59,7 +59,10 @@ class Instance:
             )
         except RuntimeError as error:  # CUDA's out-of-memory error is one, too
             raise InputError(
-                "engine", "kv_blocks", setting.blocks, "so many do not fit the memory"
+                "engine",
+                "kv_blocks",
+                setting.blocks,
+                "so many do not fit; calibrate with --neighbours, or give less",
             ) from error
         self.swap = SwapSpace(self.cache, setting.host_blocks, setting.swap_group)
         self.lock = lock or RLock()
