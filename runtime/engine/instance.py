@@ -58,12 +58,8 @@ class Instance:
                 model.config, setting.blocks, setting.block_tokens, model.device, model.dtype
             )
         except RuntimeError as error:  # CUDA's out-of-memory error is one, too
-            raise InputError(
-                "engine",
-                "kv_blocks",
-                setting.blocks,
-                "so many do not fit; calibrate with --neighbours, or give less",
-            ) from error
+            hint = "so many do not fit; calibrate with --neighbours, or give less"
+            raise InputError("engine", "kv_blocks", setting.blocks, hint) from error
         self.swap = SwapSpace(self.cache, setting.host_blocks, setting.swap_group)
         self.lock = lock or RLock()
         self.changed = Condition(self.lock)
