@@ -36,7 +36,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "serveg
 BUILDER = Path(__file__).with_name("tiny_model.py")
 NAME = "tiny"  # the served model
 READY_S, STOP_S, POLL_S = 300.0, 10.0, 0.25
-PORTS = range(10_000, 30_000)  # below those that Linux gives to connections, and to who asks for any
+PORTS = range(10_000, 30_000)  # below those that Linux gives unasked, unless it was told otherwise
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",

@@ -33,7 +33,8 @@ class Command:
 
     Times whole iterations of many shapes in random order, fits the profile's tables to most of them and holds
     the rest back for its error; measures copies to host memory and between instances, too. Writes
-    profile.json, config.json, measurements.json, report.md and plots.
+    profile.json, config.json, measurements.json, report.md and plots. `servegym calibrate engine` measures a
+    vLLM server instead.
     """
 
     device: str = "cpu"
