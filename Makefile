@@ -25,7 +25,7 @@ train: $(INSTALLED)
 	$(PY) evaluate.py --scenario mixed -i $(RUN)/bundle --loads 0.8 -f $(RUN)/evaluation
 
 test: $(INSTALLED)
-	$(PY) -m pytest -q -m "not slow and not vllm and not envoy"
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not vllm and not envoy"
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -q -m slow

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
 
 PATH = "/v1/completions"
 WINDOW = 8  # tokens whose end tells whether a character is complete
+UNKNOWN = "\ufffd"  # for bytes that are no character
 # Asks a server that runs the NIXL connector to keep the KV of this request for another one.
 KEEP_KV = {
     "do_remote_decode": True,
@@ -141,21 +144,33 @@ async def keep_kv(
 async def count_partial(
     session: aiohttp.ClientSession, url: str, tokens: Sequence[int], most: int, headers: Mapping[str, str]
 ) -> int:
-    """How many of the last `most` tokens do not end a character, so that vLLM has not told their text yet.
+    """How many of the last `most` tokens have no text yet, because they do not end a character.
+
+    Special tokens may stand behind such a one, where an answer goes on behind them.
 
     Raises:
         EngineLostError, EngineRefusedError: the engine does not say.
     """
-    for count in range(most + 1):
-        tail = list(tokens[max(0, len(tokens) - most - WINDOW) : len(tokens) - count])
-        response = await _post(session, url + "/detokenize", {"tokens": tail}, headers)
+    begin, told = max(0, len(tokens) - most - WINDOW), len(tokens) - most
+
+    async def text_until(end: int) -> str:
+        if end == begin:
+            return ""
+        body = {"tokens": list(tokens[begin:end])}
+        response = await _post(session, url + "/detokenize", body, headers)
         try:
-            text = (await response.json())["prompt"]
+            return str((await response.json())["prompt"])
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
             raise EngineLostError(f"cannot detokenize: {error!r}") from error
-        if not str(text).endswith("\ufffd"):
-            return count
-    return most
+
+    texts = await asyncio.gather(*(text_until(end) for end in range(told, len(tokens) + 1)))
+    is_open, count = texts[0].endswith(UNKNOWN), most
+    for left, (before, text) in zip(reversed(range(most)), pairwise(texts), strict=True):
+        # What ends a character changes the sign that stood for its beginning.
+        is_open = text.endswith(UNKNOWN) or (is_open and text.startswith(before))
+        if not is_open:
+            count = left
+    return count
 
 
 async def _post(

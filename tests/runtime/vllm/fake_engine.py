@@ -178,8 +178,10 @@ class FakeEngine:
 
     async def _detokenize(self, http: web.Request) -> web.Response:
         tokens = (await http.json())["tokens"]
-        whole = not tokens or not is_partial(tokens[-1])
-        return web.json_response({"prompt": text_of(tokens) + ("" if whole else "\ufffd")})
+        told = [token for token in tokens if token != EOS]
+        begun = "\ufffd" if told and is_partial(told[-1]) else ""
+        special = "</s>" if tokens and tokens[-1] == EOS else ""
+        return web.json_response({"prompt": text_of(tokens) + begun + special})
 
     async def _models(self, http: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "fake"}]})

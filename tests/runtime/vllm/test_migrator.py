@@ -17,6 +17,7 @@ from aiohttp.test_utils import TestServer
 from servegym.agents.policy import Observation
 from servegym.errors import InputError
 from servegym.runtime.decider import Decider
+from servegym.runtime.vllm.leg import count_partial
 from servegym.runtime.vllm.migrator import Migrator
 from servegym.runtime.vllm.proxy import make_app
 from servegym.runtime.vllm.serve import Settings, make_migrator, open_session
@@ -93,6 +94,30 @@ async def serving(*some: FakeEngine, policy: Any = None, **flags: Any) -> AsyncI
 
 def run(case: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(case(), 120))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "count"),
+    [
+        ([337, 12], 1, 0),
+        ([337, 405], 1, 1),
+        ([337, 405, 430], 2, 2),
+        ([337, 405, 430], 1, 1),
+        ([405], 1, 1),
+        ([405, 337, 405], 1, 1),
+        ([405, 12, 430], 2, 1),
+        ([337, 405, 101], 2, 0),
+        ([337, 405, EOS], 2, 2),  # an answer that goes on behind a special token
+        ([337, EOS], 1, 0),
+        ([337, 405, EOS, 101], 3, 0),
+    ],
+)
+def test_tokens_whose_character_is_not_ended_are_told_by_the_tokenizer(tokens, most, count):
+    async def case() -> None:
+        async with engines(FakeEngine()) as (engine,), aiohttp.ClientSession() as http:
+            assert await count_partial(http, engine.url, tokens, most, {}) == count
+
+    run(case)
 
 
 def test_a_hundred_moves_leave_answers_as_they_are():
