@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from servegym.envs.cluster.settings import setting_of_spec
 from servegym.envs.cluster.simulate import simulate
 from servegym.envs.cluster.spec import ClusterSpec, InstanceSpec
 from servegym.envs.costs import load_profile
@@ -58,10 +59,8 @@ def _measured(spec: InstanceSpec, caching: bool, w: Workload) -> float:
 
 def _room(spec: InstanceSpec) -> int:
     """Largest request in tokens that the instance can hold."""
-    profile = load_profile(spec.profile)
-    block_tokens = profile.block_tokens if spec.block_tokens is None else spec.block_tokens
-    blocks = profile.kv_tokens // block_tokens if spec.kv_blocks is None else spec.kv_blocks
-    return (blocks - int(spec.watermark * blocks)) * block_tokens
+    setting = setting_of_spec("saturation", spec, load_profile(spec.profile))
+    return (setting.blocks - setting.watermark) * setting.block_tokens
 
 
 def _offline(w: Workload, rows: np.ndarray) -> Workload:

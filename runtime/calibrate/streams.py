@@ -16,7 +16,8 @@ import secrets
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from statistics import median
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -77,13 +78,7 @@ class StreamBench:
 
     def run(self, shape: Shape) -> float:
         """Seconds of one iteration of that shape, nearly: see `as_run`."""
-        for left in reversed(range(TRIES)):
-            try:
-                return self._call(self._run(shape))
-            except EngineLostError as error:
-                if not left:
-                    raise InputError(self._url, "engine", str(error), _hint(error)) from error
-        raise AssertionError
+        return self._tried(lambda: self._run(shape))
 
     def as_run(self, shape: Shape) -> Shape:
         """What ran in its place: requests do not begin to decode together. Medians over all runs."""
@@ -92,26 +87,37 @@ class StreamBench:
 
     def first_token(self) -> float:
         """Seconds from a request of one prompt token to its answer of one token."""
-        return self._call(self._alone())
+        return self._tried(self._alone)
 
     def most_at_once(self) -> int:
         """Requests that the engine runs of one more than it should be able to."""
-        return self._call(self._most_at_once())
+        return self._tried(self._most_at_once)
 
     def iterations(self, tokens: int) -> int:
         """Iterations in which the engine computes a prompt of so many tokens beside one decode."""
-        return round(median(self._call(self._iterations(tokens)) for _ in range(TRIES)))
+        return round(median(self._tried(lambda: self._iterations(tokens)) for _ in range(TRIES)))
 
-    def _call(self, work: Coroutine[Any, Any, Number]) -> Number:
+    def _tried(self, work: Callable[[], Coroutine[Any, Any, Number]]) -> Number:
+        """What the work returns; an engine that lost a request is asked again."""
+        for _ in range(TRIES - 1):
+            with suppress(EngineLostError):
+                return self._done(work())
+        try:
+            return self._done(work())
+        except EngineLostError as error:
+            raise InputError(self._url, "engine", str(error), _hint(error)) from error
+
+    def _done(self, work: Coroutine[Any, Any, Number]) -> Number:
         try:
             return self._runner.run(work)
-        except (ExceptionGroup, aiohttp.ClientError, OSError, ValueError) as error:
+        except (ExceptionGroup, aiohttp.ClientError, OSError) as error:
             cause: BaseException = error
             while isinstance(cause, BaseExceptionGroup):
                 cause = cause.exceptions[0]
-            if isinstance(cause, (EngineLostError, InputError)):
-                raise cause from None
-            if isinstance(cause, (aiohttp.ClientError, OSError, ValueError)):
+            if isinstance(cause, TimeoutError):
+                silent = f"silent for {SILENCE_S:.0f} s"
+                raise InputError(self._url, "engine", silent, "it hangs; start it again") from error
+            if isinstance(cause, (aiohttp.ClientError, OSError)):
                 raise EngineLostError(str(cause) or repr(cause)) from error
             raise cause from None
 
@@ -229,10 +235,8 @@ class StreamBench:
                 raise InputError(self._url, "request", said, f"is --model what it serves? {KEY} its key?")
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    now, event = time.perf_counter(), json.loads(line[6:])
-                    if "error" in event:
-                        raise EngineLostError(str(event["error"]))
-                    stream.came(now, event["usage"]["completion_tokens"])
+                    now = time.perf_counter()
+                    stream.came(now, _count(line[6:]))
         if stream.tokens < tokens:
             raise EngineLostError(f"{stream.tokens} of {tokens} tokens came")
 
@@ -325,6 +329,14 @@ def prompt_lengths(contexts: Sequence[int], token_budget: int) -> list[int]:
         ends.append(iteration)
     ahead = WINDOW // 2 + 1
     return [max(context - (iteration - end) - ahead, 1) for context, end in zip(contexts, ends, strict=True)]
+
+
+def _count(event: bytes) -> int:
+    """Tokens of a request so far, as an event of its stream tells them."""
+    try:
+        return int(json.loads(event)["usage"]["completion_tokens"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise EngineLostError(f"an event tells no usage: {event[:200]!r}") from error
 
 
 def _hint(error: EngineLostError) -> str:

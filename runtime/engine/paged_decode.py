@@ -25,11 +25,8 @@ def _part(
     ROWS: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one request's group of heads to one part of its context: running maximum, sum, output."""
-    head, request, split = (
-        tl.program_id(0),
-        tl.program_id(1),
-        tl.program_id(2),
-    )  # heads share a block's memory
+    # Heads first: they read neighbouring memory of the same blocks.
+    head, request, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + request)
     part_tokens = tl.maximum(LEAST, tl.cdiv(length, SPLITS))
     begin = split * part_tokens

@@ -17,22 +17,20 @@ from servegym.errors import InputError
 from servegym.runtime.calibrate.fit import predict
 from servegym.runtime.calibrate.served import look, served_design
 from servegym.runtime.calibrate.shapes import Limits, Shape
-from servegym.runtime.calibrate.streams import SLACK, WINDOW, StreamBench, open_session, prompt_lengths
+from servegym.runtime.calibrate.streams import (
+    SLACK,
+    WINDOW,
+    StreamBench,
+    _count,
+    open_session,
+    prompt_lengths,
+)
 from servegym.runtime.engine import config as config_room
 from servegym.runtime.vllm.launch import EngineSettings, launch
+from servegym.runtime.vllm.leg import EngineLostError
 from tests.runtime.calibrate.batching_engine import BatchingEngine
 
 LIMITS = Limits(token_budget=64, max_seqs=4, max_context=192, kv_blocks=128, block_tokens=16)
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-}
 
 
 def seconds(shape):
@@ -190,10 +188,8 @@ def test_engines_that_cannot_be_measured_are_refused(engine, named):
 
 
 @pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(TINY))
-    return path
+def config(write_config):
+    return write_config() / "config.json"
 
 
 def command(url, config, folder, *more):
@@ -216,7 +212,7 @@ def test_the_profile_knows_the_engine(config, tmp_path):
     assert set(profile.provenance.held_out) == {"decode", "mixed"}
     report = (folder / "report.md").read_text()
     assert "front end" in report and "## Copies" not in report
-    assert json.loads((folder / "config.json").read_text()) == TINY
+    assert json.loads((folder / "config.json").read_text()) == json.loads(config.read_text())
 
 
 @pytest.mark.parametrize(
@@ -239,6 +235,20 @@ def test_bad_flags_are_refused_in_one_line(capsys, config, tmp_path, arguments, 
     captured = capsys.readouterr().err
     assert captured.count("\n") == 1 and named in captured
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_dies_before_or_behind_the_shapes_is_said_in_one_line():
+    engine = BatchingEngine(seconds, fails_after=0)
+    with bench(engine) as engines:
+        for ask in (engines.most_at_once, engines.first_token, lambda: engines.iterations(60)):
+            with pytest.raises(InputError, match="must go on serving"):
+                ask()
+
+
+def test_events_without_usage_are_refused():
+    with pytest.raises(EngineLostError, match="no usage"):
+        _count(b'{"choices": [], "usage": null}')
+    assert _count(b'{"usage": {"completion_tokens": 7}}') == 7
 
 
 def test_a_key_is_sent(monkeypatch):
