@@ -96,7 +96,9 @@ class Transformer:
         if device != "cpu" and not torch.cuda.is_available():
             raise InputError(config.name, "device", device, "this torch sees no CUDA device")
         self.config, self.device, self.dtype = config, torch.device(device), DTYPES[dtype]
-        if self.device.type == "cuda":  # it would plan anew, for tens of ms, at every new size of a chunk
+        # cuDNN would plan anew, for tens of ms, at every new size of a chunk. For the whole process: what
+        # `sdpa_kernel` sets is not by thread, and each instance has its own.
+        if self.device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)
         if isinstance(weights, int):
             tensors = random_weights(config, weights, self.device, self.dtype)

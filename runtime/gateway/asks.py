@@ -111,7 +111,7 @@ def _seconds(text: str | None, default: float) -> float:
 def _prompt(fields: dict[str, Any]) -> bytes | list[int]:
     """The prompt of a completion, a chat or a response; empty where there is none."""
     prompt = fields.get("prompt", fields.get("input"))
-    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+    if isinstance(prompt, list) and set(map(type, prompt)) == {int}:
         return prompt
     found = fields.get("messages") if prompt is None else prompt
     text = "".join(_texts(found))

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from servegym.errors import InputError
-from servegym.runtime.gateway.exchange import HINT, LB, PICKED, SERVED
+from servegym.runtime.gateway.exchange import HINT, LB, PICKED, READ, SERVED
 from servegym.runtime.gateway.settings import Endpoint, Settings
 
 PICKER_TIMEOUT_S = 0.5  # for one answer of the picker; then Envoy goes on without it
@@ -101,6 +101,7 @@ def _processor() -> Config:
         failure_mode_allow=True,
         allow_mode_override=True,
         mutation_rules={"allow_envoy": True},  # how long a stream's first token may take
+        forward_rules={"allowed_headers": {"patterns": [{"exact": name} for name in READ]}},
         message_timeout=_seconds(PICKER_TIMEOUT_S),
         processing_mode={
             "request_header_mode": "SEND",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import (
     ProcessingResponse,
 )
 
-from servegym.runtime.gateway.asks import read_ask
+from servegym.runtime.gateway.asks import CLASS_HEADER, SESSION_HEADER, SLO_HEADERS, read_ask
 from servegym.runtime.gateway.books import Flight
 from servegym.runtime.gateway.picker import NO_ENGINE, Picker, Refusal
 from servegym.runtime.gateway.readings import ORCA_REQUEST, ORCA_RESPONSE, parse_load
@@ -42,13 +42,16 @@ PICKED, SERVED = "x-gateway-destination-endpoint", "x-gateway-destination-endpoi
 SUBSET = "x-gateway-destination-endpoint-subset"
 PATIENCE = "x-envoy-upstream-rq-per-try-timeout-ms"  # until an answer begins; Envoy keeps it to itself
 LB, HINT = "envoy.lb", "envoy.lb.subset_hint"
+STATUS, REQUEST_ID = ":status", "x-request-id"
+READ = (STATUS, REQUEST_ID, ORCA_RESPONSE, CLASS_HEADER, SESSION_HEADER, *SLO_HEADERS.values())
 CHUNK_BYTES = 1 << 15  # of a body that goes back piece by piece; Envoy takes at most 64 KiB
 TAIL_BYTES = 2048  # of a body, where its usage stands
 KINDS = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 _OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 _DUPLEX, _STREAMED = ProcessingMode.FULL_DUPLEX_STREAMED, ProcessingMode.STREAMED
-_NO_CHANGE, _SEEN = ProcessingResponse(request_headers={}), ProcessingResponse(response_body={})
+# Answers that are always the same are made once.
+_NO_CHANGE, _SEEN = [ProcessingResponse(request_headers={})], [ProcessingResponse(response_body={})]
 _EVENT = re.compile(rb"(?:^|\n)data:(?! ?\[DONE\])")
 _USAGE = re.compile(rb'"(prompt|completion|input|output)_tokens" ?: ?(\d{1,9})\b')
 
@@ -104,26 +107,24 @@ class Exchange:
         self._reserved = self._chunks = 0
         self.flight: Flight | None = None
 
-    def answer(self, message: ProcessingRequest) -> Iterator[ProcessingResponse]:
-        """The answers to one message, in order."""
+    def answer(self, message: ProcessingRequest) -> Iterable[ProcessingResponse]:
+        """The answers to one message, in order; they are not the caller's to change."""
         if message.HasField("protocol_config"):
             self._duplex_in = message.protocol_config.request_body_mode == _DUPLEX
             self._duplex_out = message.protocol_config.response_body_mode == _DUPLEX
         kind = message.WhichOneof("request")
         if kind == "request_headers":
-            yield from self._request_headers(message)
-        elif kind == "request_body":
-            yield from self._request_body(message.request_body.body, message.request_body.end_of_stream)
-        elif kind == "response_headers":
-            yield self._response_headers(message)
-        elif kind == "response_body":
-            yield self._response_body(message.response_body.body, message.response_body.end_of_stream)
-        elif kind == "request_trailers":
-            if self._duplex_in and not self._decided:
-                yield from self._decide(end=False)
-            yield ProcessingResponse(request_trailers={})
-        elif kind == "response_trailers":
-            yield ProcessingResponse(response_trailers={})
+            return self._request_headers(message)
+        if kind == "request_body":
+            return self._request_body(message.request_body.body, message.request_body.end_of_stream)
+        if kind == "response_headers":
+            return [self._response_headers(message)]
+        if kind == "response_body":
+            return self._response_body(message.response_body.body, message.response_body.end_of_stream)
+        if kind == "request_trailers":
+            last = self._decide(end=False) if self._duplex_in and not self._decided else ()
+            return [*last, ProcessingResponse(request_trailers={})]
+        return [ProcessingResponse(response_trailers={})] if kind == "response_trailers" else ()
 
     def close(self) -> None:
         """The exchange is over."""
@@ -133,28 +134,24 @@ class Exchange:
         flight, self.flight = self.flight, None
         self._picker.books.ended(flight, self._now())
         engine = self._picker.addresses([flight.request.instance])
-        self._telemetry.finished(flight, self._headers.get("x-request-id", ""), engine, self._now())
+        self._telemetry.finished(flight, self._headers.get(REQUEST_ID, ""), engine, self._now())
 
     # --- request ----------------------------------------------------------------------------------------
 
-    def _request_headers(self, message: ProcessingRequest) -> Iterator[ProcessingResponse]:
+    def _request_headers(self, message: ProcessingRequest) -> Iterable[ProcessingResponse]:
         self._headers = _headers(message.request_headers)
         self._subset = _subset(message)
         if message.request_headers.end_of_stream:
-            yield self._place(self._picker.any(self._subset) or NO_ENGINE, "request_headers")
-        elif not self._duplex_in:
-            yield _NO_CHANGE
+            return [self._place(self._picker.any(self._subset) or NO_ENGINE, "request_headers")]
+        return () if self._duplex_in else _NO_CHANGE
 
-    def _request_body(self, body: bytes, end: bool) -> Iterator[ProcessingResponse]:
+    def _request_body(self, body: bytes, end: bool) -> Iterable[ProcessingResponse]:
         if not self._duplex_in:
-            yield self._place(self._pick(body), "request_body")
-            return
+            return [self._place(self._pick(body), "request_body")]
         if self._decided:
-            yield from _pieces(body, end)
-            return
+            return _pieces(body, end)
         self._body += body
-        if end or len(self._body) > self._max_body:
-            yield from self._decide(end)
+        return self._decide(end) if end or len(self._body) > self._max_body else ()
 
     def _decide(self, end: bool) -> Iterator[ProcessingResponse]:
         """Pick for a body that came in pieces; then it goes on its way."""
@@ -179,35 +176,25 @@ class Exchange:
         if isinstance(picked, Refusal):
             self._telemetry.refused(picked)
             return ProcessingResponse(immediate_response=refuse(picked, self._picker.settings.retry_after_s))
-        addresses = self._picker.addresses(picked)
-        response = ProcessingResponse()
-        mutation = getattr(response, phase).response.header_mutation
-        headers = {PICKED: addresses, ORCA_REQUEST: "JSON"}
-        if self.flight is not None and self.flight.ask.streams:
-            headers[PATIENCE] = f"{self._picker.settings.first_token_timeout_s * 1e3:.0f}"
-        mutation.set_headers.extend([_overwrite(name, value) for name, value in headers.items()])
-        response.dynamic_metadata.fields[LB].struct_value.fields[PICKED].string_value = addresses
-        return response
+        streams = self.flight is not None and self.flight.ask.streams
+        patience_s = self._picker.settings.first_token_timeout_s if streams else None
+        return _placed(self._picker.addresses(picked), phase, patience_s)
 
     # --- response ---------------------------------------------------------------------------------------
 
     def _response_headers(self, message: ProcessingRequest) -> ProcessingResponse:
         headers, served = _headers(message.response_headers), _served(message)
-        response = ProcessingResponse(response_headers={})
-        if ORCA_RESPONSE in headers:
-            self._picker.books.loaded(served, parse_load(headers[ORCA_RESPONSE]))
-            response.response_headers.response.header_mutation.remove_headers.append(ORCA_RESPONSE)
-        if self.flight is None:
-            return response
-        now, status = self._now(), headers.get(":status", "")
-        first = self._picker.addresses(self.flight.order[:1])
-        self._telemetry.begun(self.flight, served not in (None, first), now)
-        self._picker.books.begun(self.flight, int(status) if status.isdecimal() else 0, served, now)
-        if self._wants_body(message.response_headers.end_of_stream, now) and not self._duplex_out:
-            response.mode_override.response_header_mode = ProcessingMode.SEND
-            response.mode_override.response_body_mode = _STREAMED
-            response.mode_override.response_trailer_mode = ProcessingMode.SEND
-        return response
+        load = headers.get(ORCA_RESPONSE)
+        if load is not None:
+            self._picker.books.loaded(served, parse_load(load))
+        wants_body = False
+        if self.flight is not None:
+            now, status = self._now(), headers.get(STATUS, "")
+            first = self._picker.addresses(self.flight.order[:1])
+            self._telemetry.begun(self.flight, served not in (None, first), now)
+            self._picker.books.begun(self.flight, int(status) if status.isdecimal() else 0, served, now)
+            wants_body = self._wants_body(message.response_headers.end_of_stream, now)
+        return _begun(load is not None, wants_body and not self._duplex_out)
 
     def _wants_body(self, is_empty: bool, now: float) -> bool:
         flight = self.flight
@@ -221,7 +208,7 @@ class Exchange:
             self._reserved = chunks if flight.is_watched else 0
         return flight.is_watched
 
-    def _response_body(self, body: bytes, end: bool) -> ProcessingResponse:
+    def _response_body(self, body: bytes, end: bool) -> list[ProcessingResponse]:
         self._chunks += 1
         if self.flight is not None:
             self._read(self.flight, body)
@@ -230,7 +217,7 @@ class Exchange:
         response = ProcessingResponse()
         piece = response.response_body.response.body_mutation.streamed_response
         piece.body, piece.end_of_stream = body, end
-        return response
+        return [response]
 
     def _read(self, flight: Flight, body: bytes) -> None:
         """Count the tokens of a chunk and look for the usage behind the last one."""
@@ -247,9 +234,31 @@ class Exchange:
 
 
 @lru_cache(1024)
-def _overwrite(name: str, value: str) -> HeaderValueOption:
-    """A header in place of others of that name."""
-    return HeaderValueOption(header={"key": name, "raw_value": value.encode()}, append_action=_OVERWRITE)
+def _placed(addresses: str, phase: str, patience_s: float | None) -> ProcessingResponse:
+    """The pick; `patience_s` is the time that the first engine has until its answer begins."""
+    headers = {PICKED: addresses, ORCA_REQUEST: "JSON"}
+    if patience_s is not None:
+        headers[PATIENCE] = f"{patience_s * 1e3:.0f}"
+    response = ProcessingResponse()
+    for name, value in headers.items():
+        getattr(response, phase).response.header_mutation.set_headers.add(
+            header={"key": name, "raw_value": value.encode()}, append_action=_OVERWRITE
+        )
+    response.dynamic_metadata.fields[LB].struct_value.fields[PICKED].string_value = addresses
+    return response
+
+
+@lru_cache
+def _begun(has_load: bool, wants_body: bool) -> ProcessingResponse:
+    """To the head of an answer: without the engine's report, and whether its body shall come, too."""
+    response = ProcessingResponse(response_headers={})
+    if has_load:
+        response.response_headers.response.header_mutation.remove_headers.append(ORCA_RESPONSE)
+    if wants_body:
+        response.mode_override.response_header_mode = ProcessingMode.SEND
+        response.mode_override.response_body_mode = _STREAMED
+        response.mode_override.response_trailer_mode = ProcessingMode.SEND
+    return response
 
 
 def refuse(refusal: Refusal, retry_after_s: int) -> ImmediateResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from google.protobuf.message import DecodeError
@@ -35,7 +35,7 @@ class Processing:
     def __init__(self, exchange: Exchange, telemetry: Telemetry) -> None:
         self._exchange, self._telemetry = exchange, telemetry
 
-    def message(self, data: bytes) -> Iterator[bytes]:
+    def message(self, data: bytes) -> list[bytes]:
         """As of any `Call`."""
         try:
             message = ProcessingRequest.FromString(data)
@@ -43,9 +43,8 @@ class Processing:
             self._telemetry.count("malformed")
             raise RefusedError(INVALID_ARGUMENT, "this is no ProcessingRequest") from None
         try:
-            for answer in self._exchange.answer(message):
-                if not message.observability_mode:
-                    yield answer.SerializeToString()
+            answers = [answer.SerializeToString() for answer in self._exchange.answer(message)]
+            return [] if message.observability_mode else answers
         except Exception as error:  # a fault of ours costs one decision, not a request
             self._fault(error)
             raise RefusedError(INTERNAL, type(error).__name__) from error
@@ -76,7 +75,7 @@ class Health:
         """Tell whether requests are welcome."""
         self.serves |= dict.fromkeys(("", READINESS, PROCESSOR), ready)
 
-    def message(self, data: bytes) -> Iterator[bytes]:
+    def message(self, data: bytes) -> list[bytes]:
         """As of any `Call`."""
         try:
             serves = self.serves[HealthCheckRequest.FromString(data).service]
@@ -85,7 +84,7 @@ class Health:
         except KeyError:
             raise RefusedError(NOT_FOUND, "there is no such service") from None
         status = HealthCheckResponse.SERVING if serves else HealthCheckResponse.NOT_SERVING
-        yield HealthCheckResponse(status=status).SerializeToString()
+        return [HealthCheckResponse(status=status).SerializeToString()]
 
     def close(self) -> None:
         """As of any `Call`."""
