@@ -211,6 +211,7 @@ def calibrate_served(
     figures = {
         "an iteration of one decode, ms": 1e3 * smallest,
         "a first token beyond that: front end and network, ms": 1e3 * (first - smallest),
+        "this client's share of a core while it measured, at most, %": 100 * bench.busiest,
     }
     whole = replace(profile, tensor_parallel=tensor_parallel, provenance=origin)
     return Calibration(whole, ran, seconds, {}, figures)

@@ -10,8 +10,8 @@ that cannot keep up with the engine's tokens is.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import re
 import secrets
 import time
 from bisect import bisect_right
@@ -33,14 +33,16 @@ WINDOW = 8  # iterations of decodes, measured together
 SLACK = 64  # tokens that a request may generate beyond its context, before it ends by itself
 TRIES = 3  # of a shape, whose requests may fail or whose tokens may come several at once
 SILENCE_S = 600.0  # from an engine that first computes the prompts of all
+BUSY = 0.95  # share of a core from which on the client reads tokens later and later
 SETTLE_S, SETTLE_POLL_S = 10.0, 0.01  # for the last shape's requests to leave the engine
 KEY = "OPENAI_API_KEY"
+_TOKENS = re.compile(rb'"completion_tokens": ?(\d{1,9})\b')
 
 Number = TypeVar("Number", int, float)
 
 
 class NotSeenError(EngineLostError):
-    """The tokens of the iteration in question came together with others."""
+    """The tokens of the iteration in question came together with others, or were read too late."""
 
 
 class StreamBench:
@@ -53,6 +55,9 @@ class StreamBench:
         vocabulary: token ids are below it.
         seed: of the token ids. No prompt is found in the prefix cache, unless it is meant to be.
 
+    Attributes:
+        busiest: largest share of a core that this client took while it measured; nearly 1 is refused.
+
     Raises:
         InputError: naming the engine that failed or refused.
     """
@@ -64,6 +69,7 @@ class StreamBench:
         self._prefix = self._tokens(limits.max_context)  # what chunks with a past begin with
         self._contexts: defaultdict[Shape, list[list[int]]] = defaultdict(list)
         self._runner = asyncio.Runner()
+        self.busiest = 0.0
 
     def __enter__(self) -> Self:
         self._runner.run(self._open())
@@ -134,11 +140,23 @@ class StreamBench:
             reading = [tasks.create_task(self._decode(stream)) for stream in streams]
             await asyncio.gather(*(stream.reach(2) for stream in streams))
             begin = [stream.tokens for stream in streams]
-            seconds = await (self._beside(streams, shape) if shape.chunks else self._window(streams))
+            seconds = await self._watched(
+                self._beside(streams, shape) if shape.chunks else self._window(streams)
+            )
             for task in reading:
                 task.cancel()
         middle = ((n + stream.tokens) // 2 for n, stream in zip(begin, streams, strict=True))
         self._contexts[shape].append([len(s.prompt) + n for s, n in zip(streams, middle, strict=True)])
+        return seconds
+
+    async def _watched(self, measuring: Coroutine[Any, Any, float]) -> float:
+        """What it measures, unless this thread had too much to do to see tokens as they came."""
+        begin, begin_cpu = time.perf_counter(), time.thread_time()
+        seconds = await measuring
+        busy = (time.thread_time() - begin_cpu) / (time.perf_counter() - begin)
+        if busy > BUSY:
+            raise NotSeenError(f"reading its tokens took {busy:.0%} of a core")
+        self.busiest = max(self.busiest, busy)
         return seconds
 
     async def _window(self, streams: Sequence[_Stream]) -> float:
@@ -332,14 +350,14 @@ def prompt_lengths(contexts: Sequence[int], token_budget: int) -> list[int]:
 
 
 def _count(event: bytes) -> int:
-    """Tokens of a request so far, as an event of its stream tells them."""
-    try:
-        return int(json.loads(event)["usage"]["completion_tokens"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise EngineLostError(f"an event tells no usage: {event[:200]!r}") from error
+    """Tokens of a request so far, as an event of its stream tells them; parsing all of it takes longer."""
+    found = _TOKENS.search(event)
+    if found is None:
+        raise EngineLostError(f"an event tells no usage: {event[:200]!r}")
+    return int(found[1])
 
 
 def _hint(error: EngineLostError) -> str:
     if isinstance(error, NotSeenError):
-        return "start it with --stream-interval 1, and leave it and this process more of the CPU"
+        return "start it with --stream-interval 1; leave engine and client more CPU, or run fewer requests"
     return "the engine must go on serving while it is measured"

@@ -14,6 +14,7 @@ import pytest
 from servegym.cli import main
 from servegym.envs.costs import load_profile
 from servegym.errors import InputError
+from servegym.runtime.calibrate import streams
 from servegym.runtime.calibrate.fit import predict
 from servegym.runtime.calibrate.served import look, served_design
 from servegym.runtime.calibrate.shapes import Limits, Shape
@@ -93,6 +94,21 @@ def test_tokens_that_come_several_at_once_are_counted():
         assert seconds(shape) < engines.run(shape) < 1.5 * seconds(shape)
         with pytest.raises(InputError, match="--stream-interval 1"):
             engines.run(Shape((60,), ((30, 0),)))
+
+
+def test_a_client_that_cannot_keep_up_says_so(monkeypatch):
+    def slowly(event):
+        until = time.thread_time() + 5e-3
+        while time.thread_time() < until:
+            pass
+        return _count(event)
+
+    with bench(BatchingEngine(seconds)) as engines:
+        engines.run(Shape((32, 32)))
+        assert 0 < engines.busiest < 0.95
+        monkeypatch.setattr(streams, "_count", slowly)
+        with pytest.raises(InputError, match=r"of a core.*more CPU"):
+            engines.run(Shape((32, 32, 32, 32)))
 
 
 def test_a_request_that_fails_once_is_tried_again():
