@@ -4,7 +4,9 @@ An engine that batches continuously gives every request that decodes one token a
 are brought to decode at the contexts of a shape, and the iteration's time is the gap between their tokens:
 over a window of iterations, or, with a prompt sent beside them, the one gap in which its chunk was computed.
 What the server's front end takes before the first token of a request is in no gap; a front end or a client
-that cannot keep up with the engine's tokens is.
+that cannot keep up with the engine's tokens would be. So of a large batch only some requests are streamed, as
+witnesses; the others answer when they end, and as many of their tokens are taken to be there as the nearest
+witnesses before and behind them have.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ WINDOW = 8  # iterations of decodes, measured together
 SLACK = 64  # tokens that a request may generate beyond its context, before it ends by itself
 TRIES = 3  # of a shape, whose requests may fail or whose tokens may come several at once
 SILENCE_S = 600.0  # from an engine that first computes the prompts of all
+WITNESSES = 32  # requests of a batch that are streamed, at most
 BUSY = 0.95  # share of a core from which on the client reads tokens later and later
 SETTLE_S, SETTLE_POLL_S = 10.0, 0.01  # for the last shape's requests to leave the engine
 KEY = "OPENAI_API_KEY"
@@ -136,17 +139,18 @@ class StreamBench:
             await self._first_token_s(self._prefix[:past])  # cached from now on
         lengths = prompt_lengths(shape.contexts, self._limits.token_budget)
         streams = [_Stream(self._tokens(length)) for length in lengths]
+        witnesses = _evenly(streams)
         async with asyncio.TaskGroup() as tasks:
-            reading = [tasks.create_task(self._decode(stream)) for stream in streams]
-            await asyncio.gather(*(stream.reach(2) for stream in streams))
-            begin = [stream.tokens for stream in streams]
+            reading = [tasks.create_task(self._decode(s, is_silent=s not in witnesses)) for s in streams]
+            await asyncio.gather(*(stream.reach(2) for stream in witnesses))
+            begin = _all_tokens(streams, witnesses)
             seconds = await self._watched(
-                self._beside(streams, shape) if shape.chunks else self._window(streams)
+                self._beside(witnesses, shape) if shape.chunks else self._window(witnesses)
             )
+            middle = (begin + _all_tokens(streams, witnesses)) // 2
             for task in reading:
                 task.cancel()
-        middle = ((n + stream.tokens) // 2 for n, stream in zip(begin, streams, strict=True))
-        self._contexts[shape].append([len(s.prompt) + n for s, n in zip(streams, middle, strict=True)])
+        self._contexts[shape].append([len(s.prompt) + int(n) for s, n in zip(streams, middle, strict=True)])
         return seconds
 
     async def _watched(self, measuring: Coroutine[Any, Any, float]) -> float:
@@ -234,23 +238,27 @@ class StreamBench:
         await self._follow(stream, 1)
         return stream.events[0].at
 
-    async def _decode(self, stream: _Stream) -> None:
+    async def _decode(self, stream: _Stream, is_silent: bool = False) -> None:
         """Follow a request that is to be cancelled once it was measured."""
-        await self._follow(stream, self._limits.max_context + SLACK - len(stream.prompt))
+        await self._follow(stream, self._limits.max_context + SLACK - len(stream.prompt), is_silent)
         hint = "it was started with less than --max-seqs or --token-budget say"
         raise InputError(self._url, "requests", f"one ended after {stream.tokens} tokens", hint)
 
-    async def _follow(self, stream: _Stream, tokens: int) -> None:
-        """Note when the tokens of a request come."""
+    async def _follow(self, stream: _Stream, tokens: int, is_silent: bool = False) -> None:
+        """Note when the tokens of a request come; of a silent one all in the end."""
         body = {
             "model": self._model, "prompt": stream.prompt, "max_tokens": tokens, "ignore_eos": True,
-            "temperature": 0, "cache_salt": self._salt, "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "temperature": 0, "cache_salt": self._salt,
         }  # fmt: skip
+        if not is_silent:
+            usage = {"include_usage": True, "continuous_usage_stats": True}
+            body |= {"stream": True, "stream_options": usage}
         async with self._session.post(self._url + PATH, json=body) as response:
             if response.status != 200:
                 said = f"HTTP {response.status}: {(await response.text())[:300]}"
                 raise InputError(self._url, "request", said, f"is --model what it serves? {KEY} its key?")
+            if is_silent:
+                stream.came(time.perf_counter(), _count(await response.read()))
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     now = time.perf_counter()
@@ -330,6 +338,19 @@ class _Stream:
         usual, late = float(np.median(gaps)), float(np.median(gaps)) / 4
         during = gaps[(times[1:] > sent) & (times[1:] <= came + late)]
         return int((during > (usual + during.max(initial=usual)) / 2).sum())
+
+
+def _evenly(streams: Sequence[_Stream]) -> list[_Stream]:
+    """The witnesses among requests that were sent in this order: the first, the last, and some between."""
+    places = np.linspace(0, len(streams) - 1, min(len(streams), WITNESSES))
+    return [streams[int(place)] for place in places]
+
+
+def _all_tokens(streams: Sequence[_Stream], witnesses: Sequence[_Stream]) -> np.ndarray:
+    """Tokens of all requests, int64: whoever was sent earlier decodes for longer."""
+    places = [streams.index(stream) for stream in witnesses]
+    tokens = np.interp(range(len(streams)), places, [stream.tokens for stream in witnesses])
+    return tokens.astype(np.int64)
 
 
 def prompt_lengths(contexts: Sequence[int], token_budget: int) -> list[int]:

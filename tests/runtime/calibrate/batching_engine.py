@@ -107,6 +107,8 @@ class BatchingEngine:
         self.waiting.append(request)
         self._work.set()
         try:
+            if not body.get("stream"):
+                return await self._whole(request, http)
             response = web.StreamResponse()
             await response.prepare(http)
             for k in range(1, request.most + 1):
@@ -123,6 +125,12 @@ class BatchingEngine:
             for queue in (self.running, self.waiting):
                 if request in queue:
                     queue.remove(request)
+
+    async def _whole(self, request: Running, http: web.Request) -> web.Response:
+        for _ in range(request.most):
+            if await request.tokens.get() is None:
+                http.transport.abort()
+        return web.json_response({"usage": {"completion_tokens": request.most}})
 
     def _schedule(self) -> tuple[Shape, list[tuple[Running, int]]]:
         budget, plan, contexts, chunks = self.token_budget, [], [], []

@@ -65,8 +65,10 @@ def bench(engine, limits=LIMITS):
         yield found
 
 
+@pytest.mark.parametrize("witnesses", [streams.WITNESSES, 2])
 @pytest.mark.parametrize("contexts", [(64,), (150, 20, 90), (32, 32, 32, 32), (190, 190, 190, 190)])
-def test_decodes_have_the_contexts_that_are_said(contexts):
+def test_decodes_have_the_contexts_that_are_said(monkeypatch, contexts, witnesses):
+    monkeypatch.setattr(streams, "WITNESSES", witnesses)
     engine, shape = BatchingEngine(seconds), Shape(contexts)
     with bench(engine) as engines:
         took, said = engines.run(shape), engines.as_run(shape)
