@@ -190,17 +190,18 @@ class StreamBench:
         await self._settled()
         streams = [_Stream(self._tokens(1)) for _ in range(self._limits.max_seqs + 1)]
         async with asyncio.TaskGroup() as tasks:
-            reading = [tasks.create_task(self._decode(stream)) for stream in streams]
-            until = time.monotonic() + SETTLE_S
+            reading = [tasks.create_task(self._decode(stream, is_silent=True)) for stream in streams]
+            running, until = -1.0, time.monotonic() + SETTLE_S
             while True:
                 said = await scrape(self._session, self._url)
-                decoding = sum(stream.tokens > 1 for stream in streams)
-                everybody = decoding + said.waiting == len(streams) and decoding == said.running
+                everybody = said.running + said.waiting == len(streams) and said.running == running
                 if everybody or time.monotonic() > until:
                     break
+                running = said.running
+                await asyncio.sleep(SETTLE_POLL_S)
             for task in reading:
                 task.cancel()
-        return decoding
+        return int(said.running)
 
     async def _iterations(self, tokens: int) -> int:
         await self._settled()
