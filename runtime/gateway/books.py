@@ -6,10 +6,11 @@ What is known of an answer depends on how much of it the picker sees:
 - its body, where it is watched: one token an event of a stream, and the usage that some answers end with.
 - its end, always: Envoy closes the exchange.
 
-In between, the progress of what is not watched is estimated: 1 + (now - first token) / tpot tokens, where
+In between, the progress of what is not watched is estimated: a token each tpot since the first one, where
 tpot is the profile's decode step at the requests and tokens in flight, times the engine's ratio of seen to
-predicted tpot, learned from watched streams. An answer that does not stream counts as begun after the
-profile's prefill of all prompts that were in flight before it, and its own.
+predicted tpot. The ratio is learned from the engine's metrics, where they tell its pace, and so are output
+lengths, from all streams; else both are learned from the streams that are watched. An answer that does not
+stream counts as begun after the profile's prefill of all prompts that were in flight before it, and its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from servegym.runtime.gateway.settings import Endpoint
 from servegym.runtime.view import ClusterView, InstanceView, RequestView
 
 MOST_SESSIONS = 1 << 16
-LEARNING = 0.1  # weight of a new ratio of tpot
+LEARNING = 0.1  # what is known of an engine's pace loses so much of its weight when more comes
 RATIOS = (0.01, 100.0)
 
 
@@ -42,9 +43,10 @@ class Engine:
         number: its place in the view. endpoint, spec: as configured, with the KV cache that it reports.
         index: what its prefix cache holds.
         failures: scrapes in a row without an answer.
+        preemptions, decoded, decoding_s: as last read; see `Reading`.
         is_told: a scrape could be read, so that its readings mean something.
         is_listed: the gateway is to use it.
-        tpot_ratio: seen by the profile's time per output token.
+        seen_s, predicted_s: time that its latest output tokens took, and by the profile; older ones fade.
     """
 
     number: int
@@ -55,7 +57,17 @@ class Engine:
     is_told: bool = False
     is_listed: bool = True
     preemptions: float = 0.0
-    tpot_ratio: float = 1.0
+    decoded: float = 0.0
+    decoding_s: float = 0.0
+    seen_s: float = 0.0
+    predicted_s: float = 0.0
+
+    @property
+    def tpot_ratio(self) -> float:
+        """Seen by the profile's time per output token."""
+        if not self.predicted_s:
+            return 1.0
+        return min(max(self.seen_s / self.predicted_s, RATIOS[0]), RATIOS[1])
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +93,8 @@ class Flight:
         knows_tokens: the ids of its prefix are those of token blocks.
         sent_s: when it was dispatched. first_s: of its first token, or when it is expected; None: unknown.
         has_begun: the head of its answer is here. is_watched: its body passes the picker.
-        last_s: of its latest watched token. reported: output tokens by the answer's usage; 0: not told.
+        last_s: of its latest watched token. estimated: tokens that came behind the first, by `estimated_s`.
+        reported: output tokens by the answer's usage; 0: not told.
         reported_prompt: prompt tokens likewise. status: of the answer; 0: none yet.
     """
 
@@ -94,6 +107,8 @@ class Flight:
     has_begun: bool = False
     is_watched: bool = False
     last_s: float = 0.0
+    estimated: float = 0.0
+    estimated_s: float = 0.0
     reported: int = 0
     reported_prompt: int = 0
     status: int = 0
@@ -208,12 +223,19 @@ class Books:
 
     def ended(self, flight: Flight, now_s: float) -> None:
         """The exchange is over, whoever ended it; again is harmless."""
-        if self.flights.pop(flight.request.key, None) is None:
+        if not self._is_open(flight):
             return
-        request = flight.request
-        seen = flight.reported or (request.streamed_tokens if flight.is_watched and flight.ask.streams else 0)
-        if flight.is_watched and flight.ask.streams and flight.first_s is not None and seen > 1:
-            self._learn_tpot(request.instance, (flight.last_s - flight.first_s) / (seen - 1))
+        request, engine = flight.request, self.engines[flight.request.instance]
+        self._advance(flight, now_s, self.tpot_s(engine.number))
+        del self.flights[request.key]
+        seen = flight.reported
+        if flight.ask.streams and flight.first_s is not None:
+            if flight.is_watched:
+                seen = seen or request.streamed_tokens
+                if seen > 1 and not engine.decoded:
+                    self._learn_tpot(engine, seen - 1, flight.last_s - flight.first_s)
+            elif engine.decoded:  # right on average, but not if some were cut at what they may have
+                seen = 1 + round(flight.estimated)
         if flight.status == 200:
             self.lengths.learn(flight.ask, flight.reported_prompt or None, seen or None)
         self.view.finished(request)
@@ -222,14 +244,16 @@ class Books:
         """Bring the estimates of what is not watched up to now."""
         tpots = [self.tpot_s(i) for i in range(len(self.engines))]
         for flight in self.flights.values():
-            if flight.first_s is None or (flight.is_watched and flight.ask.streams):
-                continue
-            if flight.first_s > now_s:
-                continue
-            tokens = 1 + int((now_s - flight.first_s) / tpots[flight.request.instance])
-            if flight.ask.most_tokens:
-                tokens = min(tokens, flight.ask.most_tokens)
-            self._count(flight, tokens - flight.request.streamed_tokens)
+            self._advance(flight, now_s, tpots[flight.request.instance])
+
+    def _advance(self, flight: Flight, now_s: float, tpot_s: float) -> None:
+        """Estimate the tokens of an answer that has begun; the latest of them took `tpot_s` each."""
+        if flight.first_s is None or flight.first_s > now_s or (flight.is_watched and flight.ask.streams):
+            return
+        since = max(flight.estimated_s, flight.first_s)
+        flight.estimated, flight.estimated_s = flight.estimated + (now_s - since) / tpot_s, now_s
+        tokens = 1 + int(flight.estimated)
+        self._count(flight, min(tokens, flight.ask.most_tokens or tokens) - flight.request.streamed_tokens)
 
     def tpot_s(self, i: int) -> float:
         """Time per output token that engine i is taken to have, seconds."""
@@ -245,10 +269,11 @@ class Books:
     def _is_open(self, flight: Flight) -> bool:
         return flight.request.key in self.flights
 
-    def _learn_tpot(self, i: int, seen_s: float) -> None:
-        engine = self.engines[i]
-        ratio = seen_s / self.tpot_s(i) * engine.tpot_ratio
-        engine.tpot_ratio += LEARNING * (min(max(ratio, RATIOS[0]), RATIOS[1]) - engine.tpot_ratio)
+    def _learn_tpot(self, engine: Engine, tokens: float, took_s: float) -> None:
+        """So many tokens took so long in all: of sums, for long times have few tokens."""
+        step_s = self.tpot_s(engine.number) / engine.tpot_ratio
+        engine.seen_s += took_s - LEARNING * engine.seen_s
+        engine.predicted_s += tokens * step_s - LEARNING * engine.predicted_s
 
     # --- engines ----------------------------------------------------------------------------------------
 
@@ -284,6 +309,10 @@ class Books:
         if not engine.is_told:
             self._resize(engine, reading)
             x = self.view.instances[engine.number]
+        tokens, took_s = reading.decoded - engine.decoded, reading.decoding_s - engine.decoding_s
+        if engine.is_told and tokens > 0 and took_s > 0:
+            self._learn_tpot(engine, tokens, took_s)
+        engine.decoded, engine.decoding_s = reading.decoded, reading.decoding_s
         engine.preemptions, engine.is_told, x.scraped_at_s = reading.preemptions, True, now_s
 
     def loaded(self, served: str | None, load: Load) -> None:

@@ -8,11 +8,11 @@ from collections import defaultdict
 from typing import NamedTuple
 
 ORCA_REQUEST, ORCA_RESPONSE = "endpoint-load-metrics-format", "endpoint-load-metrics"
-MOST = 1e9
+MOST = 1e15  # tokens since an engine's start, too
 
 _LINE = re.compile(  # it begins with text, which is found six times as fast as a line's beginning
     r"\nvllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc|num_preemptions_total"
-    r"|cache_config_info)(?:\{(.*)\})? (\S+)"
+    r"|inter_token_latency_seconds_(?:sum|count)|cache_config_info)(?:\{(.*)\})? (\S+)"
 )
 _LABEL = re.compile(r'(?:^|,)(num_gpu_blocks|block_size)="(\d{1,9})"')
 
@@ -23,6 +23,8 @@ class Reading(NamedTuple):
     Attributes:
         running, waiting, preemptions: requests, the last since the engine's start. kv_usage: in [0, 1].
         blocks, block_tokens: size of the KV cache; 0 where it is not told.
+        decoded, decoding_s: output tokens but the first ones since the engine's start, and the time that they
+            took, request by request; 0 where it is not told.
     """
 
     running: float
@@ -31,6 +33,8 @@ class Reading(NamedTuple):
     preemptions: float
     blocks: int = 0
     block_tokens: int = 0
+    decoded: float = 0.0
+    decoding_s: float = 0.0
 
 
 class Load(NamedTuple):
@@ -66,6 +70,8 @@ def parse_metrics(text: str) -> Reading:
         preemptions=sum(values["num_preemptions_total"]),
         blocks=blocks,
         block_tokens=block_tokens,
+        decoded=sum(values["inter_token_latency_seconds_count"]),
+        decoding_s=sum(values["inter_token_latency_seconds_sum"]),
     )
 
 

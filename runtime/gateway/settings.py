@@ -60,8 +60,9 @@ class Settings:
     """Scrapes in a row without answer that make an engine unavailable; a refused connection does at once."""
     budget_ms: float = 5.0
     """CPU time of an answer; a policy that takes longer rests, and the fallback heuristic decides."""
-    watch_per_s: float = 20.0
-    """Response chunks a second that may pass the picker; the progress of other streams is estimated."""
+    watch_per_s: float = 5.0
+    """Response chunks a second that may pass the picker. Of the others it knows head and end; their progress
+    is estimated, exactly on average where the engine's metrics tell its pace, as vLLM's do."""
 
     shed_waiting: int = 32
     """Requests of priority above 0 get 429 when every engine has more than so many waiting."""

@@ -82,6 +82,47 @@ def test_time_per_token_is_learned_from_watched_streams(make_books):
     assert books.engines[1].tpot_ratio == 1.0
 
 
+def test_pace_and_lengths_are_learned_from_the_engine_s_metrics_where_they_tell(make_books):
+    books = make_books()
+    engine, profile = books.engines[0], books.tpot_s(0)
+    for k in range(1, 61):
+        books.read(
+            engine, Reading(1.0, 0.0, 0.1, 0.0, decoded=10.0 * k, decoding_s=30 * profile * k), 0.2 * k
+        )
+    assert engine.tpot_ratio == pytest.approx(3.0, rel=0.01)
+    assert books.engines[1].tpot_ratio == 1.0
+    books.read(engine, Reading(1.0, 0.0, 0.1, 0.0), 13.0)  # it was restarted
+    books.read(engine, Reading(1.0, 0.0, 0.1, 0.0, decoded=1.0, decoding_s=0.0), 13.2)  # and tells nonsense
+    assert engine.tpot_ratio == pytest.approx(3.0, rel=0.01)
+    for n in (20, 60) * 100:
+        flight = sent(books, now=20.0)
+        books.begun(flight, 200, None, 21.0)
+        books.advance(21.0 + 5 * books.tpot_s(0))
+        books.ended(flight, 21.0 + (n - 0.5) * books.tpot_s(0))
+    assert books.lengths.output(Ask(b"")) == pytest.approx(40, abs=1)
+    watched = sent(books, now=20.0)
+    watched.is_watched = True
+    books.begun(watched, 200, None, 21.0)
+    books.tokens(watched, 10, 22.0)
+    books.ended(watched, 22.0)
+    assert engine.tpot_ratio == pytest.approx(3.0, rel=0.01)  # it knows better
+
+
+def test_an_estimate_follows_the_load_from_when_it_changes_on(make_books):
+    books = make_books()
+    flight = sent(books)
+    books.begun(flight, 200, None, 2.0)
+    alone = books.tpot_s(0)
+    books.advance(2.0 + 100.5 * alone)
+    assert flight.request.streamed_tokens == 101
+    for _ in range(60):
+        sent(books)
+    together = books.tpot_s(0)
+    assert together > 1.1 * alone
+    books.advance(2.0 + 100.5 * alone + 100 * together)
+    assert flight.request.streamed_tokens == 201
+
+
 def test_a_failed_answer_teaches_nothing(make_books):
     books = make_books()
     flight = sent(books)

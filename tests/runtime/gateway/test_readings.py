@@ -12,7 +12,8 @@ def test_vllm_s_metrics():
 
 def test_engines_behind_one_address_add_up():
     other = METRICS.format(running=1, waiting=0, usage=0.75, preemptions=1, blocks=36)
-    assert parse_metrics(FINE + other.replace('engine="0"', 'engine="1"')) == (4.0, 2.0, 0.5, 8.0, 100, 16)
+    both = FINE + other.replace('engine="0"', 'engine="1"')
+    assert parse_metrics(both) == Reading(4.0, 2.0, 0.5, 8.0, 100, 16)
 
 
 def test_a_cache_that_is_not_told_and_usage_beyond_the_whole():
@@ -36,6 +37,15 @@ def test_a_cache_that_is_not_told_and_usage_beyond_the_whole():
 def test_metrics_that_cannot_be_are_refused(text):
     with pytest.raises(ValueError, match=r"missing| is |could not convert"):
         parse_metrics(text)
+
+
+def test_the_pace_of_engines_that_tell_it():
+    told = 'vllm:inter_token_latency_seconds_{}{{engine="0"}} {}\n'
+    buckets = 'vllm:inter_token_latency_seconds_bucket{engine="0",le="0.01"} 5\n'
+    text = FINE + buckets + told.format("sum", 2.5) + told.format("count", 1e11)
+    assert parse_metrics(text) == Reading(3.0, 2.0, 0.25, 7.0, 64, 16, decoded=1e11, decoding_s=2.5)
+    with pytest.raises(ValueError, match="sum is NaN"):
+        parse_metrics(FINE + told.format("sum", "NaN"))
 
 
 def test_load_reports():
