@@ -65,9 +65,7 @@ class Engine:
     @property
     def tpot_ratio(self) -> float:
         """Seen by the profile's time per output token."""
-        if not self.predicted_s:
-            return 1.0
-        return min(max(self.seen_s / self.predicted_s, RATIOS[0]), RATIOS[1])
+        return self.seen_s / self.predicted_s if self.predicted_s else 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -271,9 +269,10 @@ class Books:
 
     def _learn_tpot(self, engine: Engine, tokens: float, took_s: float) -> None:
         """So many tokens took so long in all: of sums, for long times have few tokens."""
-        step_s = self.tpot_s(engine.number) / engine.tpot_ratio
-        engine.seen_s += took_s - LEARNING * engine.seen_s
-        engine.predicted_s += tokens * step_s - LEARNING * engine.predicted_s
+        predicted_s = tokens * self.tpot_s(engine.number) / engine.tpot_ratio
+        seen_s = min(max(took_s, RATIOS[0] * predicted_s), RATIOS[1] * predicted_s)
+        engine.seen_s += seen_s - LEARNING * engine.seen_s
+        engine.predicted_s += predicted_s - LEARNING * engine.predicted_s
 
     # --- engines ----------------------------------------------------------------------------------------
 

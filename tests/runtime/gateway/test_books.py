@@ -94,6 +94,10 @@ def test_pace_and_lengths_are_learned_from_the_engine_s_metrics_where_they_tell(
     books.read(engine, Reading(1.0, 0.0, 0.1, 0.0), 13.0)  # it was restarted
     books.read(engine, Reading(1.0, 0.0, 0.1, 0.0, decoded=1.0, decoding_s=0.0), 13.2)  # and tells nonsense
     assert engine.tpot_ratio == pytest.approx(3.0, rel=0.01)
+    books.read(engine, Reading(1.0, 0.0, 0.1, 0.0, decoded=2.0, decoding_s=1e12), 13.4)
+    assert 3.0 < engine.tpot_ratio < 5.0
+    books.read(engine, Reading(1.0, 0.0, 0.1, 0.0, decoded=100.0, decoding_s=1e12 + 294 * profile), 13.6)
+    assert engine.tpot_ratio == pytest.approx(3.0, rel=0.1)
     for n in (20, 60) * 100:
         flight = sent(books, now=20.0)
         books.begun(flight, 200, None, 21.0)
