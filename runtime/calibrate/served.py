@@ -21,7 +21,7 @@ from servegym.runtime.calibrate.calibration import Calibration, Options, blank
 from servegym.runtime.calibrate.fit import errors, fit, with_parts
 from servegym.runtime.calibrate.measure import measure, typical
 from servegym.runtime.calibrate.shapes import LEAST_CONTEXT, Design, Limits, Shape, design
-from servegym.runtime.calibrate.streams import SLACK, StreamBench, open_session
+from servegym.runtime.calibrate.streams import SLACK, WITNESSES, StreamBench, open_session
 from servegym.runtime.gateway.readings import parse_metrics
 from servegym.runtime.vllm.leg import PATH
 from servegym.runtime.vllm.player import NULL_BLOCKS
@@ -33,6 +33,8 @@ _ENGINE = re.compile(r"^vllm:num_requests_running(?:\{.*\})? ", re.MULTILINE)
 _NOTES = (
     "measured over HTTP, as gaps between the tokens of streams",
     "prefill was measured beside at least one decode",
+    f"of larger batches {WITNESSES} requests were streamed: what the front end takes for the others is in no "
+    "iteration",
     "no fixed overhead: it is in the head's first point",
     "iterations are as the engine schedules them: asynchronously where it is vLLM on a GPU and not told "
     "otherwise, for which a scenario says engine = { async_scheduling = true }",
@@ -211,7 +213,7 @@ def calibrate_served(
     figures = {
         "an iteration of one decode, ms": 1e3 * smallest,
         "a first token beyond that: front end and network, ms": 1e3 * (first - smallest),
-        "this client's share of a core while it measured, at most, %": 100 * bench.busiest,
+        "time that this client worked while it measured, at most, %": 100 * bench.busiest,
     }
     whole = replace(profile, tensor_parallel=tensor_parallel, provenance=origin)
     return Calibration(whole, ran, seconds, {}, figures)

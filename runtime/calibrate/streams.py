@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -36,7 +37,7 @@ SLACK = 64  # tokens that a request may generate beyond its context, before it e
 TRIES = 3  # of a shape, whose requests may fail or whose tokens may come several at once
 SILENCE_S = 600.0  # from an engine that first computes the prompts of all
 WITNESSES = 32  # requests of a batch that are streamed, at most
-BUSY = 0.95  # share of a core from which on the client reads tokens later and later
+BUSY = 0.95  # share of the time at work from which on the client reads tokens later and later
 SETTLE_S, SETTLE_POLL_S = 10.0, 0.01  # for the last shape's requests to leave the engine
 KEY = "OPENAI_API_KEY"
 _TOKENS = re.compile(rb'"completion_tokens": ?(\d{1,9})\b')
@@ -59,7 +60,8 @@ class StreamBench:
         seed: of the token ids. No prompt is found in the prefix cache, unless it is meant to be.
 
     Attributes:
-        busiest: largest share of a core that this client took while it measured; nearly 1 is refused.
+        busiest: largest share of the time that this client worked or waited for a core while it measured;
+            nearly 1 is refused.
 
     Raises:
         InputError: naming the engine that failed or refused.
@@ -140,9 +142,12 @@ class StreamBench:
         lengths = prompt_lengths(shape.contexts, self._limits.token_budget)
         streams = [_Stream(self._tokens(length)) for length in lengths]
         witnesses = _evenly(streams)
+        before = await scrape(self._session, self._url)
         async with asyncio.TaskGroup() as tasks:
             reading = [tasks.create_task(self._decode(s, is_silent=s not in witnesses)) for s in streams]
             await asyncio.gather(*(stream.reach(2) for stream in witnesses))
+            if len(witnesses) < len(streams):
+                await self._begun(before.begun + len(streams))
             begin = _all_tokens(streams, witnesses)
             seconds = await self._watched(
                 self._beside(witnesses, shape) if shape.chunks else self._window(witnesses)
@@ -155,13 +160,21 @@ class StreamBench:
 
     async def _watched(self, measuring: Coroutine[Any, Any, float]) -> float:
         """What it measures, unless this thread had too much to do to see tokens as they came."""
-        begin, begin_cpu = time.perf_counter(), time.thread_time()
+        begin, work_s = time.perf_counter(), _work_s()
         seconds = await measuring
-        busy = (time.thread_time() - begin_cpu) / (time.perf_counter() - begin)
+        busy = (_work_s() - work_s) / (time.perf_counter() - begin)
         if busy > BUSY:
-            raise NotSeenError(f"reading its tokens took {busy:.0%} of a core")
+            raise NotSeenError(f"reading its tokens took {busy:.0%} of the time")
         self.busiest = max(self.busiest, busy)
         return seconds
+
+    async def _begun(self, requests: float) -> None:
+        """Return when so many requests had their first token: silent ones may be behind their witnesses."""
+        until = time.monotonic() + SETTLE_S
+        while (said := await scrape(self._session, self._url)).begun < requests:
+            if time.monotonic() > until:
+                raise EngineLostError(f"{requests - said.begun:.0f} requests do not begin")
+            await asyncio.sleep(SETTLE_POLL_S)
 
     async def _window(self, streams: Sequence[_Stream]) -> float:
         """Seconds of an iteration, the mean over a window in which all decode."""
@@ -339,6 +352,15 @@ class _Stream:
         usual, late = float(np.median(gaps)), float(np.median(gaps)) / 4
         during = gaps[(times[1:] > sent) & (times[1:] <= came + late)]
         return int((during > (usual + during.max(initial=usual)) / 2).sum())
+
+
+def _work_s() -> float:
+    """Seconds that this thread has worked or, where Linux tells, waited for a core."""
+    try:
+        worked, waited, _ = Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()
+        return (int(worked) + int(waited)) / 1e9
+    except (OSError, ValueError):
+        return time.thread_time()
 
 
 def _evenly(streams: Sequence[_Stream]) -> list[_Stream]:

@@ -33,6 +33,7 @@ from servegym.runtime.view import ClusterView, InstanceView, RequestView
 MOST_SESSIONS = 1 << 16
 LEARNING = 0.1  # what is known of an engine's pace loses so much of its weight when more comes
 RATIOS = (0.01, 100.0)
+SLACK = 2.0  # of the time between two readings, which are not taken when they are sent
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +45,7 @@ class Engine:
         index: what its prefix cache holds.
         failures: scrapes in a row without an answer.
         preemptions, decoded, decoding_s: as last read; see `Reading`.
+        busy_s, steps: requests by the time that they were here since then, and their tokens by the profile.
         is_told: a scrape could be read, so that its readings mean something.
         is_listed: the gateway is to use it.
         seen_s, predicted_s: time that its latest output tokens took, and by the profile; older ones fade.
@@ -59,6 +61,8 @@ class Engine:
     preemptions: float = 0.0
     decoded: float = 0.0
     decoding_s: float = 0.0
+    busy_s: float = 0.0
+    steps: float = 0.0
     seen_s: float = 0.0
     predicted_s: float = 0.0
 
@@ -156,6 +160,7 @@ class Books:
         self.by_address = {engine.endpoint.address: engine for engine in self.engines}
         self.view = ClusterView([instance for _, instance in opened], least_urgent=least_urgent)
         self._keys = count()
+        self._advanced_s = 0.0
 
     # --- requests ---------------------------------------------------------------------------------------
 
@@ -231,8 +236,11 @@ class Books:
             if flight.is_watched:
                 seen = seen or request.streamed_tokens
                 if seen > 1 and not engine.decoded:
-                    self._learn_tpot(engine, seen - 1, flight.last_s - flight.first_s)
-            elif engine.decoded:  # right on average, but not if some were cut at what they may have
+                    step_s = self.tpot_s(engine.number) / engine.tpot_ratio
+                    self._learn_tpot(engine, flight.last_s - flight.first_s, (seen - 1) * step_s)
+            elif (
+                engine.decoded and engine.predicted_s
+            ):  # right on average, but not if some were cut at what they may have
                 seen = 1 + round(flight.estimated)
         if flight.status == 200:
             self.lengths.learn(flight.ask, flight.reported_prompt or None, seen or None)
@@ -241,6 +249,13 @@ class Books:
     def advance(self, now_s: float) -> None:
         """Bring the estimates of what is not watched up to now."""
         tpots = [self.tpot_s(i) for i in range(len(self.engines))]
+        for engine, tpot in zip(self.engines, tpots, strict=True):
+            busy_s = (now_s - self._advanced_s) * len(self.view.instances[engine.number].inflight)
+            engine.busy_s, engine.steps = (
+                engine.busy_s + busy_s,
+                engine.steps + busy_s / tpot * engine.tpot_ratio,
+            )
+        self._advanced_s = now_s
         for flight in self.flights.values():
             self._advance(flight, now_s, tpots[flight.request.instance])
 
@@ -267,12 +282,20 @@ class Books:
     def _is_open(self, flight: Flight) -> bool:
         return flight.request.key in self.flights
 
-    def _learn_tpot(self, engine: Engine, tokens: float, took_s: float) -> None:
-        """So many tokens took so long in all: of sums, for long times have few tokens."""
-        predicted_s = tokens * self.tpot_s(engine.number) / engine.tpot_ratio
+    def _learn_tpot(self, engine: Engine, took_s: float, predicted_s: float) -> None:
+        """Tokens took so long in all, and by the profile: of sums, for long times have few tokens."""
         seen_s = min(max(took_s, RATIOS[0] * predicted_s), RATIOS[1] * predicted_s)
         engine.seen_s += seen_s - LEARNING * engine.seen_s
         engine.predicted_s += predicted_s - LEARNING * engine.predicted_s
+
+    def _learn_pace(self, engine: Engine, tokens: float, took_s: float, since_s: float) -> None:
+        """As an engine tells it of the time since its last reading; what cannot be is not believed."""
+        step_s = self.tpot_s(engine.number) / engine.tpot_ratio
+        if engine.steps:  # as the load was in between, which may be another than now
+            step_s = engine.busy_s / engine.steps
+        most_s = SLACK * since_s * int(self.view.fleet.max_seqs[engine.number])
+        if tokens > 0 and 0 < took_s <= most_s and tokens * step_s * RATIOS[0] <= most_s:
+            self._learn_tpot(engine, took_s, tokens * step_s)
 
     # --- engines ----------------------------------------------------------------------------------------
 
@@ -308,9 +331,10 @@ class Books:
         if not engine.is_told:
             self._resize(engine, reading)
             x = self.view.instances[engine.number]
-        tokens, took_s = reading.decoded - engine.decoded, reading.decoding_s - engine.decoding_s
-        if engine.is_told and tokens > 0 and took_s > 0:
-            self._learn_tpot(engine, tokens, took_s)
+        if engine.is_told:
+            tokens, took_s = reading.decoded - engine.decoded, reading.decoding_s - engine.decoding_s
+            self._learn_pace(engine, tokens, took_s, now_s - x.scraped_at_s)
+        engine.busy_s = engine.steps = 0.0
         engine.decoded, engine.decoding_s = reading.decoded, reading.decoding_s
         engine.preemptions, engine.is_told, x.scraped_at_s = reading.preemptions, True, now_s
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from contextlib import suppress
 from typing import NamedTuple
 
 ORCA_REQUEST, ORCA_RESPONSE = "endpoint-load-metrics-format", "endpoint-load-metrics"
-MOST = 1e15  # tokens since an engine's start, too
+MOST = 1e9
+MOST_SINCE_START = 1e15  # tokens
 
 _LINE = re.compile(  # it begins with text, which is found six times as fast as a line's beginning
     r"\nvllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc|num_preemptions_total"
-    r"|inter_token_latency_seconds_(?:sum|count)|cache_config_info)(?:\{(.*)\})? (\S+)"
+    r"|cache_config_info|generation_tokens_total|time_to_first_token_seconds_count"
+    r"|inter_token_latency_seconds_sum)(?:\{(.*)\})? (\S+)"
 )
+# What need not be there, nor be true: an engine's pace.
+_PACE = ("time_to_first_token_seconds_count", "generation_tokens_total", "inter_token_latency_seconds_sum")
 _LABEL = re.compile(r'(?:^|,)(num_gpu_blocks|block_size)="(\d{1,9})"')
 
 
@@ -23,8 +28,8 @@ class Reading(NamedTuple):
     Attributes:
         running, waiting, preemptions: requests, the last since the engine's start. kv_usage: in [0, 1].
         blocks, block_tokens: size of the KV cache; 0 where it is not told.
-        decoded, decoding_s: output tokens but the first ones since the engine's start, and the time that they
-            took, request by request; 0 where it is not told.
+        begun, generated, decoding_s: since the engine's start, requests whose first token came, output
+            tokens, and the time that those behind first ones took, request by request; 0 where one is missing.
     """
 
     running: float
@@ -33,8 +38,14 @@ class Reading(NamedTuple):
     preemptions: float
     blocks: int = 0
     block_tokens: int = 0
-    decoded: float = 0.0
+    begun: float = 0.0
+    generated: float = 0.0
     decoding_s: float = 0.0
+
+    @property
+    def decoded(self) -> float:
+        """Output tokens behind first ones; not the count of latencies, for several may come at once."""
+        return self.generated - self.begun
 
 
 class Load(NamedTuple):
@@ -57,12 +68,18 @@ def parse_metrics(text: str) -> Reading:
             told = dict(_LABEL.findall(labels))
             blocks += int(told.get("num_gpu_blocks", 0))
             block_tokens = int(told.get("block_size", 0))
+        elif name in _PACE:
+            with suppress(ValueError):
+                values[name].append(_number(name, number, MOST_SINCE_START))
         else:
             values[name].append(_number(name, number))
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         if not values[name]:
             raise ValueError(f"{name} is missing")
     usage = values["kv_cache_usage_perc"]
+    pace = (
+        [sum(values[name]) for name in _PACE] if all(values[name] for name in _PACE) else [0.0] * len(_PACE)
+    )
     return Reading(
         running=sum(values["num_requests_running"]),
         waiting=sum(values["num_requests_waiting"]),
@@ -70,8 +87,9 @@ def parse_metrics(text: str) -> Reading:
         preemptions=sum(values["num_preemptions_total"]),
         blocks=blocks,
         block_tokens=block_tokens,
-        decoded=sum(values["inter_token_latency_seconds_count"]),
-        decoding_s=sum(values["inter_token_latency_seconds_sum"]),
+        begun=pace[0],
+        generated=pace[1],
+        decoding_s=pace[2],
     )
 
 
@@ -93,8 +111,8 @@ def parse_load(header: str) -> Load:
         return Load()
 
 
-def _number(name: str, text: str | float) -> float:
+def _number(name: str, text: str | float, most: float = MOST) -> float:
     value = float(text)
-    if not 0 <= value <= MOST:
+    if not 0 <= value <= most:
         raise ValueError(f"{name} is {text}")
     return value

@@ -62,7 +62,7 @@ class Settings:
     """CPU time of an answer; a policy that takes longer rests, and the fallback heuristic decides."""
     watch_per_s: float = 5.0
     """Response chunks a second that may pass the picker. Of the others it knows head and end; their progress
-    is estimated, exactly on average where the engine's metrics tell its pace, as vLLM's do."""
+    is estimated, from the engine's own metrics where these tell its pace, as vLLM's do."""
 
     shed_waiting: int = 32
     """Requests of priority above 0 get 429 when every engine has more than so many waiting."""

@@ -38,6 +38,7 @@ class BatchingEngine:
         refuses: status that it answers instead of serving.
         labels: of its metrics; several where several engines stand behind one address.
         page: more of its metrics.
+        late_s: what its front end takes for a request that is not streamed.
         ran: every iteration.
     """
 
@@ -54,11 +55,14 @@ class BatchingEngine:
     refuses: int = 0
     labels: tuple[str, ...] = ("",)
     page: str = ""
+    late_s: float = 0.0
     ran: list[Shape] = field(default_factory=list)
     running: list[Running] = field(default_factory=list)
     waiting: list[Running] = field(default_factory=list)
     cached: set[tuple] = field(default_factory=set)
     hits: int = 0
+    begun: int = 0
+    generated: int = 0
     url: str = ""
 
     async def start(self) -> None:
@@ -94,6 +98,9 @@ class BatchingEngine:
             + f"vllm:num_requests_waiting{{}} {len(self.waiting)}.0\n{self.page}"
             "vllm:kv_cache_usage_perc{} 0.0\n"
             f"vllm:prefix_cache_hits_total{{}} {self.hits}.0\n"
+            f"vllm:time_to_first_token_seconds_count{{}} {self.begun}.0\n"
+            f"vllm:generation_tokens_total{{}} {self.generated}.0\n"
+            "vllm:inter_token_latency_seconds_sum{} 0.0\n"
             f"vllm:cache_config_info{{{size}}} 1.0\n"
         )
 
@@ -103,6 +110,8 @@ class BatchingEngine:
             return web.json_response({"error": "no"}, status=self.refuses)
         if len(body["prompt"]) + body["max_tokens"] > self.max_model_len:
             return web.json_response({"error": "too long"}, status=400)
+        if self.late_s and not body.get("stream"):
+            await asyncio.sleep(self.late_s)
         request = Running(body["prompt"], body["max_tokens"], salt=body.get("cache_salt"))
         self.waiting.append(request)
         self._work.set()
@@ -130,6 +139,7 @@ class BatchingEngine:
         for _ in range(request.most):
             if await request.tokens.get() is None:
                 http.transport.abort()
+                break
         return web.json_response({"usage": {"completion_tokens": request.most}})
 
     def _schedule(self) -> tuple[Shape, list[tuple[Running, int]]]:
@@ -180,6 +190,8 @@ class BatchingEngine:
                 self.cached |= {(r.salt, *r.prompt[:end]) for end in ends}
         if r.computed == len(r.prompt):
             r.given += 1
+            self.generated += 1
+            self.begun += r.given == 1
             r.tokens.put_nowait(7)
             if r.given == r.most and r in self.running:
                 self.running.remove(r)

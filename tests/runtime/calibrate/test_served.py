@@ -78,6 +78,23 @@ def test_decodes_have_the_contexts_that_are_said(monkeypatch, contexts, witnesse
     assert seconds(shape) < took < 1.5 * seconds(shape)
 
 
+def test_requests_that_are_not_streamed_decode_before_the_window_begins(monkeypatch):
+    monkeypatch.setattr(streams, "WITNESSES", 2)
+    engine, shape = BatchingEngine(seconds, late_s=0.1), Shape((32, 32, 32, 32))
+    with bench(engine) as engines:
+        took = engines.run(shape)
+    assert sum(len(s.contexts) == 4 for s in engine.ran) >= WINDOW
+    assert took > seconds(shape)
+
+
+def test_requests_that_do_not_begin_are_said(monkeypatch):
+    monkeypatch.setattr(streams, "WITNESSES", 2)
+    monkeypatch.setattr(streams, "SETTLE_S", 0.2)
+    late = BatchingEngine(seconds, late_s=60.0)
+    with bench(late) as engines, pytest.raises(InputError, match="2 requests do not begin"):
+        engines.run(Shape((32, 32, 32, 32)))
+
+
 @pytest.mark.parametrize("chunk", [(40, 0), (8, 0), (60, 128), (17, 16)])
 @pytest.mark.parametrize("contexts", [(32,), (60, 100, 40)])
 def test_a_chunk_is_computed_whole_beside_the_decodes(contexts, chunk):
@@ -109,7 +126,7 @@ def test_a_client_that_cannot_keep_up_says_so(monkeypatch):
         engines.run(Shape((32, 32)))
         assert 0 < engines.busiest < 0.95
         monkeypatch.setattr(streams, "_count", slowly)
-        with pytest.raises(InputError, match=r"of a core.*more CPU"):
+        with pytest.raises(InputError, match=r"of the time.*more CPU"):
             engines.run(Shape((32, 32, 32, 32)))
 
 

@@ -77,6 +77,28 @@ async def behind_envoy(*engines: FakeEngine, policy="least_request", **flags) ->
                     await engine.stop()
 
 
+def test_headers_and_load_reports_reach_the_picker(tmp_path):
+    async def test():
+        classes = tmp_path / "classes.toml"
+        classes.write_text("[fast]\nttft_s = 0.2\n")
+        report = {"named_metrics": {"kv_cache_usage_perc": 0.625, "num_requests_waiting": 9.0}}
+        a = FakeEngine(orca="JSON " + json.dumps(report), gap_s=0.1)
+        async with behind_envoy(a, scrape_s=30.0, classes=str(classes)) as (gateway, client, _):
+            said = {"x_gateway_inference_objective": "fast", "x_session_id": "s", "x_slo_tpot_ms": "70"}
+            books = gateway.picker.books
+            asked = asyncio.create_task(client.post(STREAM, x_slo_ttft_ms="300", **said))
+            await until(lambda: books.flights)
+            (flight,) = books.flights.values()
+            ask = flight.ask
+            assert (ask.service, ask.session, ask.ttft_s, ask.tpot_s) == ("fast", "s", 0.3, 0.07)
+            assert (await asked)[0] == 200
+            x = books.view.instances[0]
+            assert (x.seen_waiting, x.seen_kv_usage) == (9.0, 0.625)
+            assert "endpoint-load-metrics" not in client.headers
+
+    run(test)
+
+
 @pytest.mark.parametrize("watch_per_s", [0.0, 1e6])
 def test_requests_are_spread_and_answered_unchanged(watch_per_s):
     async def test():

@@ -39,13 +39,22 @@ def test_metrics_that_cannot_be_are_refused(text):
         parse_metrics(text)
 
 
+PACE = """vllm:time_to_first_token_seconds_count{engine="0"} 4
+vllm:generation_tokens_total{engine="0"} 1e11
+vllm:inter_token_latency_seconds_bucket{engine="0",le="0.01"} 5
+vllm:inter_token_latency_seconds_sum{engine="0"} 2.5
+"""
+
+
 def test_the_pace_of_engines_that_tell_it():
-    told = 'vllm:inter_token_latency_seconds_{}{{engine="0"}} {}\n'
-    buckets = 'vllm:inter_token_latency_seconds_bucket{engine="0",le="0.01"} 5\n'
-    text = FINE + buckets + told.format("sum", 2.5) + told.format("count", 1e11)
-    assert parse_metrics(text) == Reading(3.0, 2.0, 0.25, 7.0, 64, 16, decoded=1e11, decoding_s=2.5)
-    with pytest.raises(ValueError, match="sum is NaN"):
-        parse_metrics(FINE + told.format("sum", "NaN"))
+    reading = parse_metrics(FINE + PACE)
+    assert reading == Reading(3.0, 2.0, 0.25, 7.0, 64, 16, begun=4.0, generated=1e11, decoding_s=2.5)
+    assert reading.decoded == 1e11 - 4
+
+
+@pytest.mark.parametrize("lie", ["NaN", "-1", "1e99", "much"])
+def test_a_pace_that_cannot_be_is_not_told_and_the_rest_is(lie):
+    assert parse_metrics(FINE + PACE.replace("2.5", lie)) == parse_metrics(FINE)
 
 
 def test_load_reports():
