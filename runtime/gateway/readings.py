@@ -29,7 +29,7 @@ class Reading(NamedTuple):
         running, waiting, preemptions: requests, the last since the engine's start. kv_usage: in [0, 1].
         blocks, block_tokens: size of the KV cache; 0 where it is not told.
         begun, generated, decoding_s: since the engine's start, requests whose first token came, output
-            tokens, and the time that those behind first ones took, request by request; 0 where one is missing.
+            tokens, and the time that those behind first ones took, request by request; 0 where not told.
     """
 
     running: float
