@@ -293,7 +293,8 @@ class Books:
         step_s = self.tpot_s(engine.number) / engine.tpot_ratio
         if engine.steps:  # as the load was in between, which may be another than now
             step_s = engine.busy_s / engine.steps
-        most_s = SLACK * since_s * int(self.view.fleet.max_seqs[engine.number])
+        seen_running = self.view.instances[engine.number].seen_running  # it may take more than we were told
+        most_s = SLACK * since_s * max(int(self.view.fleet.max_seqs[engine.number]), seen_running)
         if tokens > 0 and 0 < took_s <= most_s and tokens * step_s * RATIOS[0] <= most_s:
             self._learn_tpot(engine, took_s, tokens * step_s)
 

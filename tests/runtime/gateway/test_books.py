@@ -113,6 +113,14 @@ def test_pace_and_lengths_are_learned_from_the_engine_s_metrics_where_they_tell(
     assert books.engines[0].tpot_ratio == pytest.approx(3.0, rel=0.01)  # it knows better
 
 
+def test_the_pace_of_an_engine_that_runs_more_than_we_were_told(make_books):
+    books = make_books(max_seqs=4)
+    for k in range(1, 61):
+        reading = told(2000.0 * k, 2000 * 3.0 * books.tpot_s(0) / books.engines[0].tpot_ratio * k)
+        books.read(books.engines[0], reading._replace(running=400.0), 0.2 * k)
+    assert books.engines[0].tpot_ratio == pytest.approx(3.0, rel=0.01)
+
+
 def test_lengths_are_not_learned_at_a_pace_that_is_not(make_books):
     books = make_books()
     books.down(books.engines[0])
