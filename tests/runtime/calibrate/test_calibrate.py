@@ -59,7 +59,8 @@ def test_the_folder_holds_a_profile_with_provenance_and_all_parts(calibrated):
     assert "torch" in origin.software
     assert command_line() in origin.notes
     assert any("same time: 2" in note for note in origin.notes)
-    assert profile.swap and profile.network and profile.start and profile.overhead_us > 0
+    assert profile.swap and profile.network and profile.start
+    assert profile.overhead_us >= 0  # a difference of measured times
     assert json.loads((calibrated / "config.json").read_text()) == TINY
 
 
