@@ -29,6 +29,7 @@ import numpy as np
 
 from servegym.errors import InputError
 from servegym.runtime.calibrate.shapes import Limits, Shape
+from servegym.runtime.gateway.readings import Reading
 from servegym.runtime.vllm.leg import PATH, EngineLostError
 from servegym.runtime.vllm.player import scrape
 
@@ -135,14 +136,13 @@ class StreamBench:
     # --- shapes -----------------------------------------------------------------------------------------
 
     async def _run(self, shape: Shape) -> float:
-        await self._settled()
         past = max((past for _, past in shape.chunks), default=0)
         if past:
             await self._first_token_s(self._prefix[:past])  # cached from now on
+        before = await self._settled()
         lengths = prompt_lengths(shape.contexts, self._limits.token_budget)
         streams = [_Stream(self._tokens(length)) for length in lengths]
         witnesses = _evenly(streams)
-        before = await scrape(self._session, self._url)
         async with asyncio.TaskGroup() as tasks:
             reading = [tasks.create_task(self._decode(s, is_silent=s not in witnesses)) for s in streams]
             await asyncio.gather(*(stream.reach(2) for stream in witnesses))
@@ -233,14 +233,14 @@ class StreamBench:
     def _tokens(self, count: int) -> list[int]:
         return self._rng.integers(self._vocabulary, size=count).tolist()
 
-    async def _settled(self) -> None:
-        """Return when the engine has nothing to do. It counts at each iteration only, so it is given one."""
+    async def _settled(self) -> Reading:
+        """Its numbers when it has nothing to do. It counts at each iteration only, so it is given one."""
         until = time.monotonic() + SETTLE_S
         while True:
             await self._first_token_s(self._tokens(1))
             reading = await scrape(self._session, self._url)
             if not reading.running and not reading.waiting:
-                return
+                return reading
             if time.monotonic() > until:
                 busy = f"{reading.running + reading.waiting:.0f}"
                 raise InputError(self._url, "requests", busy, "others use the engine; measure an idle one")
