@@ -1,9 +1,10 @@
 """The Envoy of a gateway: its configuration, and its process.
 
-Requests come in on one listener, are buffered, shown to the picker, and go to the engine that it named; where
-that fails before the answer's first byte, to the next one of its list (override_host load balancing; the
-buffered body is sent again). If the picker is gone or slow, Envoy sends requests to the engine with the
-fewest, so nothing is lost. An answer that has begun and breaks off ends the client's stream, unfinished.
+Requests come in on one listener, are buffered, shown to the picker together with what it reads of their
+heads, and go to the engine that it named; where that fails before the answer's first byte, to the next one of
+its list (override_host load balancing; the buffered body is sent again). If the picker is gone or slow, Envoy
+sends requests to the engine with the fewest, so nothing is lost; so it does with requests without a body,
+which the picker does not see. An answer that has begun and breaks off ends the client's stream, unfinished.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from typing import Any
 import aiohttp
 
 from servegym.errors import InputError
-from servegym.runtime.gateway.exchange import HINT, LB, PICKED, READ, SERVED
+from servegym.runtime.gateway.exchange import (
+    ATTRIBUTES,
+    FILTER,
+    HINT,
+    LB,
+    PICKED,
+    RESPONSE_HEADERS,
+    SERVED,
+    SET,
+    SET_HEADERS,
+)
 from servegym.runtime.gateway.settings import Endpoint, Settings
 
 PICKER_TIMEOUT_S = 0.5  # for one answer of the picker; then Envoy goes on without it
@@ -81,7 +92,10 @@ def _listener(settings: Settings) -> Config:
         stream_idle_timeout=_seconds(settings.request_timeout_s),
         route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [_route(settings)]}]},
         http_filters=[
-            {"name": "envoy.filters.http.ext_proc", "typed_config": _processor()},
+            {"name": FILTER, "typed_config": _processor()},
+            # Hold the head, which the picker does not hold, until it has seen the body.
+            {"name": "envoy.filters.http.buffer", "typed_config": _buffer(settings)},
+            {"name": "envoy.filters.http.header_mutation", "typed_config": _set_headers()},
             {"name": "envoy.filters.http.router", "typed_config": router},
         ],
     )
@@ -100,20 +114,39 @@ def _processor() -> Config:
         grpc_service={"envoy_grpc": {"cluster_name": "picker"}},
         failure_mode_allow=True,
         allow_mode_override=True,
-        mutation_rules={"allow_envoy": True},  # how long a stream's first token may take
-        forward_rules={"allowed_headers": {"patterns": [{"exact": name} for name in READ]}},
+        request_attributes=list(ATTRIBUTES),
+        forward_rules={"allowed_headers": {"patterns": [{"exact": name} for name in RESPONSE_HEADERS]}},
         message_timeout=_seconds(PICKER_TIMEOUT_S),
         processing_mode={
-            "request_header_mode": "SEND",
+            "request_header_mode": "SKIP",
             "request_body_mode": "BUFFERED",
             "response_header_mode": "SEND",
             "response_trailer_mode": "SEND",  # keeps the exchange open to the answer's end
         },
         metadata_options={
             "forwarding_namespaces": {"untyped": [LB, HINT]},
-            "receiving_namespaces": {"untyped": [LB]},
+            "receiving_namespaces": {"untyped": [LB, SET]},
         },
     )
+
+
+def _buffer(settings: Settings) -> Config:
+    return _typed("extensions.filters.http.buffer.v3.Buffer", max_request_bytes=settings.max_body_bytes)
+
+
+def _set_headers() -> Config:
+    """The headers that the picker wants; what it does not name is not set."""
+    headers = [
+        {
+            "append": {
+                "header": {"key": name, "value": f"%DYNAMIC_METADATA({SET}:{name})%"},
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+            }
+        }
+        for name in SET_HEADERS
+    ]
+    kind = "extensions.filters.http.header_mutation.v3.HeaderMutation"
+    return _typed(kind, mutations={"request_mutations": headers})
 
 
 def _route(settings: Settings) -> Config:

@@ -8,9 +8,11 @@ metadata `x-gateway-destination-endpoint`, best engine first, the next ones for 
 
 Two processing modes of bodies are understood, by what Envoy says in `protocol_config`:
 
-- BUFFERED requests, and responses of which only the head comes, as the Envoy of `servegym gateway` is set up:
-  the books need the head (first token), the end (Envoy closes the exchange) and of some streams the body,
-  for which the response to the head asks by `mode_override`, as far as `Watch` allows.
+- BUFFERED requests, and responses of which only the head comes: the books need the head (first token), the
+  end (Envoy closes the exchange) and of some streams the body, for which the response to the head asks by
+  `mode_override`, as far as `Watch` allows. The Envoy of `servegym gateway` does not send a request's head,
+  which would be a message and a wait of its own, but what is read of it as attributes of the body; it takes
+  the headers that an answer sets from its metadata.
 - FULL_DUPLEX_STREAMED both ways, as the extension's gateways are set up: every chunk comes and is sent back.
 """
 
@@ -42,8 +44,14 @@ PICKED, SERVED = "x-gateway-destination-endpoint", "x-gateway-destination-endpoi
 SUBSET = "x-gateway-destination-endpoint-subset"
 PATIENCE = "x-envoy-upstream-rq-per-try-timeout-ms"  # until an answer begins; Envoy keeps it to itself
 LB, HINT = "envoy.lb", "envoy.lb.subset_hint"
+SET, SET_HEADERS = "servegym.headers", (PICKED, ORCA_REQUEST, PATIENCE)  # metadata of a pick; its keys
 STATUS, REQUEST_ID = ":status", "x-request-id"
-READ = (STATUS, REQUEST_ID, ORCA_RESPONSE, CLASS_HEADER, SESSION_HEADER, *SLO_HEADERS.values())
+FILTER = "envoy.filters.http.ext_proc"
+ATTRIBUTES = {  # by the expression that Envoy evaluates, the header that it is
+    f"request.headers['{name}']": name
+    for name in (REQUEST_ID, CLASS_HEADER, SESSION_HEADER, *SLO_HEADERS.values())
+}
+RESPONSE_HEADERS = (STATUS, ORCA_RESPONSE)  # that are read
 CHUNK_BYTES = 1 << 15  # of a body that goes back piece by piece; Envoy takes at most 64 KiB
 TAIL_BYTES = 2048  # of a body, where its usage stands
 KINDS = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
@@ -116,7 +124,7 @@ class Exchange:
         if kind == "request_headers":
             return self._request_headers(message)
         if kind == "request_body":
-            return self._request_body(message.request_body.body, message.request_body.end_of_stream)
+            return self._request_body(message)
         if kind == "response_headers":
             return [self._response_headers(message)]
         if kind == "response_body":
@@ -145,7 +153,10 @@ class Exchange:
             return [self._place(self._picker.any(self._subset) or NO_ENGINE, "request_headers")]
         return () if self._duplex_in else _NO_CHANGE
 
-    def _request_body(self, body: bytes, end: bool) -> Iterable[ProcessingResponse]:
+    def _request_body(self, message: ProcessingRequest) -> Iterable[ProcessingResponse]:
+        body, end = message.request_body.body, message.request_body.end_of_stream
+        if FILTER in message.attributes:  # in place of the head
+            self._headers, self._subset = _attributes(message), _subset(message)
         if not self._duplex_in:
             return [self._place(self._pick(body), "request_body")]
         if self._decided:
@@ -244,6 +255,7 @@ def _placed(addresses: str, phase: str, patience_s: float | None) -> ProcessingR
         getattr(response, phase).response.header_mutation.set_headers.add(
             header={"key": name, "raw_value": value.encode()}, append_action=_OVERWRITE
         )
+        response.dynamic_metadata.fields[SET].struct_value.fields[name].string_value = value
     response.dynamic_metadata.fields[LB].struct_value.fields[PICKED].string_value = addresses
     return response
 
@@ -278,6 +290,12 @@ def _headers(message: HttpHeaders) -> dict[str, str]:
         h.key: h.raw_value.decode("utf-8", "replace") if h.raw_value else h.value
         for h in message.headers.headers
     }
+
+
+def _attributes(message: ProcessingRequest) -> dict[str, str]:
+    """Headers by name, as far as they are read."""
+    fields = message.attributes[FILTER].fields
+    return {ATTRIBUTES[key]: fields[key].string_value for key in fields if key in ATTRIBUTES}
 
 
 def _subset(message: ProcessingRequest) -> list[str] | None:

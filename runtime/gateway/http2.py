@@ -105,6 +105,8 @@ class Connection(asyncio.Protocol):
         self._open_call, self._most_bytes, self._connections = open_call, most_bytes, connections
         self._bytes, self._is_greeted = bytearray(), False
         self._streams: dict[int, _Stream] = {}
+        self._ended: list[int] = []  # streams that the client has ended since the latest look
+        self._out: list[bytes] = []  # frames to send
         self._last = 0  # largest number of a stream so far
         self._is_leaving = False
         self._window = self._initial = WINDOW
@@ -128,6 +130,7 @@ class Connection(asyncio.Protocol):
         settings = _SETTING.pack(TABLE_SIZE, 0) + _SETTING.pack(INITIAL_WINDOW, 2 * REFILL)
         self._write(SETTINGS, 0, 0, settings)
         self._write(WINDOW_UPDATE, 0, 0, _WORD.pack(MOST_WINDOW - WINDOW))
+        self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
         """As of any protocol: it is gone."""
@@ -149,10 +152,14 @@ class Connection(asyncio.Protocol):
         self._bytes += data
         try:
             self._take()
+            self._finish_ended()
         except BrokenError as error:
             self._bytes.clear()
             self._write(GOAWAY, 0, 0, _WORD.pack(self._last) + _WORD.pack(error.args[0]))
+            self._send()
             self._transport.close()
+        else:
+            self._send()
 
     # --- the end ----------------------------------------------------------------------------------------
 
@@ -165,6 +172,7 @@ class Connection(asyncio.Protocol):
         """Take no new calls."""
         self._is_leaving = True
         self._write(GOAWAY, 0, 0, _WORD.pack(self._last) + _WORD.pack(NO_ERROR))
+        self._send()
 
     def abort(self) -> None:
         """End at once, with all calls."""
@@ -173,7 +181,12 @@ class Connection(asyncio.Protocol):
     # --- frames -----------------------------------------------------------------------------------------
 
     def _write(self, kind: int, flags: int, number: int, payload: bytes) -> None:
-        self._transport.write(_frame(kind, flags, number, payload))
+        self._out.append(_frame(kind, flags, number, payload))
+
+    def _send(self) -> None:
+        if self._out:
+            self._transport.write(b"".join(self._out))
+            self._out.clear()
 
     def _take(self) -> None:
         data, at = self._bytes, 0
@@ -273,9 +286,8 @@ class Connection(asyncio.Protocol):
             self._opened(number, path)
         elif not ends:
             raise BrokenError(PROTOCOL_ERROR)
-        stream = self._streams.get(number)
-        if ends and stream is not None and stream.trailers is None:
-            self._finish(number, stream, OK)
+        if ends:
+            self._ended.append(number)
 
     def _opened(self, number: int, path: str) -> None:
         if number % 2 == 0:
@@ -308,7 +320,7 @@ class Connection(asyncio.Protocol):
         self._check_known(number)
         self._taken = self._refill(0, self._taken + len(payload))
         stream = self._streams.get(number)
-        if stream is None or stream.trailers is not None:
+        if stream is None or stream.trailers is not None or number in self._ended:
             return  # what was on its way when the call ended
         stream.taken += len(payload)
         stream.received += _unpadded(flags, payload)
@@ -320,7 +332,7 @@ class Connection(asyncio.Protocol):
         else:
             self._refill_stream(number, stream)
             if flags & END_STREAM:
-                self._finish(number, stream, OK)
+                self._ended.append(number)
 
     def _refill_stream(self, number: int, stream: _Stream) -> None:
         """A client that takes no answers may not send for ever."""
@@ -350,6 +362,15 @@ class Connection(asyncio.Protocol):
             for answer in stream.call.message(message):
                 stream.pending += b"\0" + _WORD.pack(len(answer)) + answer
                 self._flush(number, stream)
+            self._send()  # not behind other streams' messages that came with this one
+
+    def _finish_ended(self) -> None:
+        """End the calls that the client has ended; Envoy resets them at once, and hears nothing more."""
+        for number in self._ended:
+            stream = self._streams.get(number)
+            if stream is not None and stream.trailers is None:
+                self._finish(number, stream, OK)
+        self._ended.clear()
 
     def _finish(self, number: int, stream: _Stream, status: int, message: str = "") -> None:
         """End a call behind the answers that it has."""
@@ -367,23 +388,22 @@ class Connection(asyncio.Protocol):
 
     def _flush(self, number: int, stream: _Stream) -> None:
         """Send what the windows allow; then the trailers, if it is all."""
-        frames, pending = [], stream.pending
+        pending, before = stream.pending, len(self._out)
         if pending and not stream.has_head:
             stream.has_head = True
-            frames.append(_frame(HEADERS, END_HEADERS, number, _HEAD))
+            self._write(HEADERS, END_HEADERS, number, _HEAD)
         while pending and (size := min(len(pending), stream.window, self._window, MOST_FRAME)) > 0:
-            frames.append(_frame(DATA, 0, number, bytes(pending[:size])))
+            self._write(DATA, 0, number, bytes(pending[:size]))
             del pending[:size]
             stream.window -= size
             self._window -= size
         if stream.trailers is not None and not pending:
             block = stream.trailers if stream.has_head else _HEAD + stream.trailers
-            frames.append(_frame(HEADERS, END_HEADERS | END_STREAM, number, block))
+            self._write(HEADERS, END_HEADERS | END_STREAM, number, block)
             if stream.is_cut:
-                frames.append(_frame(RST_STREAM, 0, number, _WORD.pack(NO_ERROR)))
+                self._write(RST_STREAM, 0, number, _WORD.pack(NO_ERROR))
             del self._streams[number]
-        if frames:
-            self._transport.write(b"".join(frames))
+        if len(self._out) > before:
             self._refill_stream(number, stream)
 
 

@@ -78,7 +78,7 @@ class FakeEngine:
         self._writers.add(writer)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 length = [
                     part.split(":")[1] for part in head.lower().split("\r\n") if "content-length:" in part
                 ]

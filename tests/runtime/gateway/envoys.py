@@ -18,7 +18,10 @@ from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import Proces
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorStub
 
-from servegym.runtime.gateway.exchange import HINT, LB, PICKED, SERVED, SUBSET
+from servegym.runtime.gateway.exchange import CHUNK_BYTES, FILTER, HINT, LB, PICKED, SERVED, SET, SUBSET
+
+# Ways of requests: as the Envoy of `servegym gateway` shows them, head and body one by one, and in pieces.
+ONCE, BUFFERED, DUPLEX = MODES = "once", "buffered", "duplex"
 
 
 @dataclass
@@ -46,18 +49,24 @@ def header_message(kind: str, end: bool, **headers: str) -> pb.ProcessingRequest
 
 
 def request_messages(
-    body: bytes, duplex: bool = False, subset: list[str] | None = None, **headers: str
+    body: bytes, mode: str = ONCE, subset: list[str] | None = None, **headers: str
 ) -> list[pb.ProcessingRequest]:
     """What Envoy says of a request."""
+    whole = pb.ProcessingRequest(request_body={"body": body, "end_of_stream": True})
     head = header_message("request_headers", False, _method="POST", _path="/v1/completions", **headers)
-    mode = ProcessingMode.FULL_DUPLEX_STREAMED if duplex else ProcessingMode.BUFFERED
-    head.protocol_config.request_body_mode = mode
-    if duplex:
-        head.protocol_config.response_body_mode = mode
+    first = whole if mode == ONCE else head
+    first.protocol_config.request_body_mode = ProcessingMode.BUFFERED
     if subset is not None:
-        head.metadata_context.filter_metadata[HINT].get_or_create_list(SUBSET).extend(subset)
-    if not duplex:
-        return [head, pb.ProcessingRequest(request_body={"body": body, "end_of_stream": True})]
+        first.metadata_context.filter_metadata[HINT].get_or_create_list(SUBSET).extend(subset)
+    if mode == ONCE:
+        fields = whole.attributes[FILTER].fields
+        for name, value in headers.items():
+            fields[f"request.headers['{name.replace('_', '-')}']"].string_value = value
+        return [whole]
+    if mode == BUFFERED:
+        return [head, whole]
+    head.protocol_config.request_body_mode = ProcessingMode.FULL_DUPLEX_STREAMED
+    head.protocol_config.response_body_mode = ProcessingMode.FULL_DUPLEX_STREAMED
     pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)]
     bodies = [pb.ProcessingRequest(request_body={"body": piece}) for piece in pieces]
     return [head, *bodies, pb.ProcessingRequest(request_body={"end_of_stream": True})]
@@ -70,17 +79,18 @@ def picked_of(response: pb.ProcessingResponse) -> list[str]:
     headers = {h.header.key: h.header.raw_value.decode() for h in mutation.set_headers}
     named = response.dynamic_metadata[LB][PICKED] if LB in response.dynamic_metadata else ""
     assert headers.get(PICKED, "") == named
+    assert headers == (dict(response.dynamic_metadata[SET]) if SET in response.dynamic_metadata else {})
     return named.split(",") if named else []
 
 
 class FakeEnvoy:
-    """See above; `duplex` as the Gateway API Inference Extension's gateways."""
+    """See above; DUPLEX as the Gateway API Inference Extension's gateways."""
 
-    def __init__(self, port: int, duplex: bool = False) -> None:
+    def __init__(self, port: int, mode: str = ONCE) -> None:
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self._stub = ExternalProcessorStub(self._channel)
         self._session = aiohttp.ClientSession()
-        self._duplex = duplex
+        self._mode, self._duplex = mode, mode == DUPLEX
 
     async def close(self) -> None:
         await self._session.close()
@@ -90,7 +100,7 @@ class FakeEnvoy:
         body = ask if isinstance(ask, bytes) else json.dumps(ask).encode()
         call, answer = self._stub.Process(), Answer()
         try:
-            for message in request_messages(body, self._duplex, **headers):
+            for message in request_messages(body, self._mode, **headers):
                 await call.write(message)
             for _ in range(self._expected(body)):
                 response = await call.read()
@@ -103,7 +113,7 @@ class FakeEnvoy:
         return answer
 
     def _expected(self, body: bytes) -> int:
-        return 1 + max(-(-len(body) // (1 << 15)), 1) if self._duplex else 2
+        return {ONCE: 1, BUFFERED: 2, DUPLEX: 1 + max(-(-len(body) // CHUNK_BYTES), 1)}[self._mode]
 
     async def _try(self, answer: Answer, body: bytes, call: grpc.aio.StreamStreamCall) -> None:
         for address in answer.picked:

@@ -11,7 +11,7 @@ import grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 
 from tests.runtime.gateway.engines import EVENT
-from tests.runtime.gateway.envoys import header_message, request_messages
+from tests.runtime.gateway.envoys import MODES, header_message, request_messages
 
 METHOD = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 PATIENCE_S = 30.0
@@ -46,7 +46,7 @@ class Fuzzer:
         body = pick.choice(_BODIES)
         subset = pick.choice((None, None, [], ["127.0.0.1:1"], ["\x00", "x" * 1000]))
         messages = request_messages(
-            body, pick.random() < 0.5, subset, x_session_id=str(pick.random()), x_slo_ttft_ms="nan"
+            body, pick.choice(MODES), subset, x_session_id=str(pick.random()), x_slo_ttft_ms="nan"
         )
         status = pick.choice(("200", "500", "", "9" * 400, "²"))
         load = pick.choice(("JSON {}", "TEXT a=b", "JSON " + "[" * 2000))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from servegym.runtime.gateway.serve import Gateway
 from servegym.runtime.gateway.settings import Settings
 from tests.runtime.gateway.engines import FakeEngine
-from tests.runtime.gateway.envoys import FakeEnvoy
+from tests.runtime.gateway.envoys import ONCE, FakeEnvoy
 
 # Patient, so that no test depends on how busy the machine is.
 QUICK = Settings(engines=(), envoy=False, scrape_s=0.05, probe_timeout_s=2.0, budget_ms=2000.0, drain_s=5.0)
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def running(
-    *engines: FakeEngine, policy: str = "least_request", duplex: bool = False, **flags: object
+    *engines: FakeEngine, policy: str = "least_request", mode: str = ONCE, **flags: object
 ) -> AsyncIterator[tuple[Gateway, FakeEnvoy]]:
     """A gateway without Envoy in front of these engines, and who asks it."""
     for engine in engines:
@@ -40,7 +40,7 @@ async def running(
     if task.done():
         waiting.cancel()
         await task
-    envoy = FakeEnvoy(settings.picker_port, duplex)
+    envoy = FakeEnvoy(settings.picker_port, mode)
     try:
         yield gateway, envoy
     finally:

@@ -13,15 +13,20 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from hpack import Encoder
 
 import servegym.runtime.gateway.envoy as envoy_module
 from servegym.errors import InputError
 from servegym.runtime.gateway.envoy import HOLD, Envoy
+from servegym.runtime.gateway.exchange import PICKED
+from servegym.runtime.gateway.http2 import DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS
+from servegym.runtime.gateway.readings import ORCA_REQUEST
 from servegym.runtime.gateway.serve import Gateway
 from servegym.runtime.gateway.settings import parse_endpoints
 from tests.runtime.gateway.engines import EVENT, FakeEngine
 from tests.runtime.gateway.running import QUICK, free_port, until
 from tests.runtime.gateway.test_gateway import STREAM, TOKENS, WHOLE, books_are_empty, run
+from tests.runtime.gateway.test_http2 import frame
 
 pytestmark = pytest.mark.envoy
 
@@ -116,6 +121,67 @@ def test_requests_are_spread_and_answered_unchanged(watch_per_s):
             assert counts["answered"] == 21
             learns = watch_per_s > 0
             assert (gateway.picker.books.engines[0].tpot_ratio != 1.0) == learns
+
+    run(test)
+
+
+def test_an_engine_gets_a_request_as_it_was_sent_and_what_the_picker_set():
+    async def test():
+        a = FakeEngine()
+        async with behind_envoy(a) as (_, client, _):
+            assert (await client.post(STREAM, x_gateway_destination_endpoint="10.0.0.1:1"))[0] == 200
+            head = a.headers[0].lower()
+            assert f"content-length: {len(json.dumps(STREAM))}" in head
+            assert "transfer-encoding" not in head
+            assert f"{PICKED}: {a.address}" in head
+            assert "10.0.0.1" not in head
+            assert f"{ORCA_REQUEST}: json" in head
+
+    run(test)
+
+
+def test_a_request_with_trailers_is_answered():
+    async def test():
+        a, body = FakeEngine(), json.dumps(STREAM).encode()
+        async with behind_envoy(a) as (gateway, _, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.port)
+            encoder = Encoder()
+            head = [
+                (":method", "POST"),
+                (":scheme", "http"),
+                (":path", "/v1/completions"),
+                (":authority", "g"),
+            ]
+            writer.write(
+                PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, END_HEADERS, 1, encoder.encode(head))
+            )
+            writer.write(frame(DATA, 0, 1, body))
+            writer.write(frame(HEADERS, END_HEADERS | END_STREAM, 1, encoder.encode([("x-sum", "1")])))
+            answer = b""
+            while b"[DONE]" not in answer:
+                answer += await asyncio.wait_for(reader.read(1 << 16), 10)
+            writer.close()
+            assert a.bodies == [body]
+            assert gateway.picker.decider.counts["answered"] == 1
+
+    run(test)
+
+
+def test_a_header_that_is_no_text_costs_no_more_than_the_pick():
+    async def test():
+        a = FakeEngine()
+        async with behind_envoy(a) as (gateway, client, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.port)
+            body = json.dumps(STREAM).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: g\r\nx-session-id: \xff\xfe\r\n"
+            writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            answer = b""
+            while b"[DONE]" not in answer:
+                answer += await asyncio.wait_for(reader.read(1 << 16), 10)
+            writer.close()
+            assert gateway.picker.decider.counts["answered"] == 0  # protobuf refuses such a message
+            assert (await client.post(STREAM))[0] == 200
+            await until(lambda: books_are_empty(gateway))
 
     run(test)
 

@@ -13,7 +13,7 @@ from servegym.runtime.gateway.picker import Picker
 from servegym.runtime.gateway.settings import Settings, read_classes
 from servegym.runtime.gateway.telemetry import Telemetry
 from tests.runtime.gateway.engines import EVENT
-from tests.runtime.gateway.envoys import header_message, picked_of, request_messages
+from tests.runtime.gateway.envoys import BUFFERED, DUPLEX, header_message, picked_of, request_messages
 
 BODY = json.dumps({"prompt": "x" * 400, "stream": True, "max_tokens": 4}).encode()
 
@@ -51,9 +51,17 @@ def make(make_books):
     return Made
 
 
-def test_a_buffered_request_is_picked_with_its_body(make):
+def test_a_request_is_picked_with_its_body(make):
     made = make()
-    first, second = made.say(*request_messages(BODY))
+    (answer,) = made.say(*request_messages(BODY, x_session_id="s", x_slo_ttft_ms="200"))
+    assert picked_of(answer) == ["127.0.0.1:1", "127.0.0.1:2"]
+    assert not answer.request_body.response.HasField("body_mutation")
+    assert (made.exchange.flight.ask.session, made.exchange.flight.ask.ttft_s) == ("s", 0.2)
+
+
+def test_the_head_of_a_request_is_answered_first_where_it_comes_first(make):
+    made = make()
+    first, second = made.say(*request_messages(BODY, BUFFERED))
     assert first.WhichOneof("response") == "request_headers"
     assert not picked_of(first)
     assert picked_of(second) == ["127.0.0.1:1", "127.0.0.1:2"]
@@ -131,7 +139,7 @@ def test_a_second_body_does_not_leave_the_first_in_the_books(make):
 
 def test_a_body_beyond_the_limit_is_passed_on_while_it_comes(make):
     made = make()
-    head, *pieces = request_messages(b"x" * 25_000, duplex=True)
+    head, *pieces = request_messages(b"x" * 25_000, DUPLEX)
     assert made.say(head) == []
     answers = made.say(*pieces)
     assert picked_of(answers[0])

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servegym.runtime.gateway.server import PROCESSOR
 from tests.runtime.gateway.engines import EVENT, FakeEngine
+from tests.runtime.gateway.envoys import DUPLEX, MODES
 from tests.runtime.gateway.running import running, until
 
 STREAM = {"prompt": "hello " * 50, "max_tokens": 5, "stream": True}
@@ -30,12 +31,12 @@ def books_are_empty(gateway) -> bool:
     )
 
 
-@pytest.mark.parametrize("duplex", [False, True])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("watch_per_s", [0.0, 1e6])
-def test_requests_are_spread_and_answered_unchanged(duplex, watch_per_s):
+def test_requests_are_spread_and_answered_unchanged(mode, watch_per_s):
     async def test():
         a, b = FakeEngine(), FakeEngine()
-        async with running(a, b, duplex=duplex, watch_per_s=watch_per_s) as (gateway, envoy):
+        async with running(a, b, mode=mode, watch_per_s=watch_per_s) as (gateway, envoy):
             answers = await asyncio.gather(*(envoy.post(STREAM) for _ in range(8)))
             assert [(x.status, x.body) for x in answers] == [(200, TOKENS)] * 8
             answer = await envoy.post(WHOLE)
@@ -44,7 +45,7 @@ def test_requests_are_spread_and_answered_unchanged(duplex, watch_per_s):
             assert a.served[0] == STREAM
             assert "endpoint-load-metrics-format: json" in a.headers[0].lower()
             await until(lambda: books_are_empty(gateway))
-            learns = duplex or watch_per_s > 0
+            learns = mode == DUPLEX or watch_per_s > 0
             assert (gateway.picker.books.engines[0].tpot_ratio != 1.0) == learns
 
     run(test)
@@ -53,7 +54,7 @@ def test_requests_are_spread_and_answered_unchanged(duplex, watch_per_s):
 def test_a_long_body_in_pieces_comes_back_whole():
     async def test():
         engine = FakeEngine()
-        async with running(engine, duplex=True) as (_, envoy):
+        async with running(engine, mode=DUPLEX) as (_, envoy):
             long = {"prompt": "x" * 100_000, "max_tokens": 2}
             assert (await envoy.post(long)).status == 200
             assert engine.served == [long]
@@ -179,10 +180,11 @@ def test_the_load_that_an_answer_reports_is_read():
     run(test)
 
 
-def test_the_subset_hint_is_honoured():
+@pytest.mark.parametrize("mode", MODES)
+def test_the_subset_hint_is_honoured(mode):
     async def test():
         a, b = FakeEngine(), FakeEngine()
-        async with running(a, b) as (_, envoy):
+        async with running(a, b, mode=mode) as (_, envoy):
             for _ in range(3):
                 assert (await envoy.post(STREAM, subset=[b.address])).picked == [b.address]
             assert (await envoy.post(STREAM, subset=[])).status == 503
