@@ -44,6 +44,7 @@ class Decider:
         policy: a policy, the folder of a bundle, or the name of a heuristic.
         fallback: name of a dispatch heuristic; None: the one that the bundle names.
         budget_s: CPU seconds that a question may take the policy; infinite: as many as it takes.
+        needs: a kind of question that the policy must answer; None: any.
 
     Attributes:
         policy: what answers now.
@@ -52,16 +53,21 @@ class Decider:
         last_error: what the last mismatch was.
 
     Raises:
-        InputError: a bundle that is damaged, an unknown heuristic, or a budget that is no time.
+        InputError: a bundle that is damaged, an unknown heuristic, a policy for other questions, or a budget
+            that is no time.
     """
 
     def __init__(
-        self, policy: Policy | str | Path, fallback: str | None = None, budget_s: float = 0.005
+        self,
+        policy: Policy | str | Path,
+        fallback: str | None = None,
+        budget_s: float = 0.005,
+        needs: str | None = None,
     ) -> None:
         if not budget_s > 0:
             raise InputError("decider", "budget_s", budget_s, "give seconds > 0")
         self.budget_s = budget_s
-        self._named_fallback = fallback
+        self._named_fallback, self._needs = fallback, needs
         self._lock = threading.Lock()
         self.counts = dict.fromkeys((ANSWERED, *REASONS), 0)
         self.last_error = ""
@@ -69,6 +75,9 @@ class Decider:
 
     def _take(self, policy: Policy) -> None:
         """Let this policy answer from now on."""
+        if self._needs not in (None, *policy.kinds):
+            hint = f"it answers {', '.join(policy.kinds)}; a policy for {self._needs} is needed"
+            raise InputError("decider", "policy", policy.name, hint)
         name = self._named_fallback
         if name is None:
             known = policy.manifest if isinstance(policy, BundlePolicy) else {}

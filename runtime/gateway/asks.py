@@ -12,8 +12,10 @@ the last word on the request.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from servegym.runtime.gateway.settings import DEFAULT_CLASS, ServiceClass
@@ -23,6 +25,14 @@ SESSION_HEADER = "x-session-id"
 SLO_HEADERS = {"ttft_s": "x-slo-ttft-ms", "tpot_s": "x-slo-tpot-ms"}
 PARSED_BYTES = 1 << 20  # larger bodies are not parsed, which would take more than some 10 ms
 MOST_TOKENS = 1 << 24
+NO_TEXT = (
+    "image_url",
+    "input_image",
+    "input_audio",
+    "file",
+    "video_url",
+)  # types of parts whose bytes are no tokens
+_STREAMS = re.compile(rb'"stream"\s*:\s*true')  # in a body that is not parsed
 
 
 @dataclass(slots=True)
@@ -30,11 +40,12 @@ class Ask:
     """A request for generated tokens.
 
     Attributes:
-        prompt: its text, parts in order; or its token ids where the client sent these.
+        prompt: its text, parts in order; or its token ids where the client sent these; emptied once it is in
+            the books, which keep what follows from it.
         is_chat: engines put the text into a template of the model's before they tokenise it.
         most_tokens, least_tokens: bounds on its output; 0 where there is none.
         service: name of its class. ttft_s, tpot_s, weight, priority: what it may expect.
-        session: name of its conversation, or None.
+        session: name of its conversation, a digest of what the client sent; or None.
         streams: whether the answer comes token by token.
     """
 
@@ -67,7 +78,7 @@ def read_ask(headers: Mapping[str, str], body: bytes, classes: Mapping[str, Serv
     most = next((n for key in names if (n := _whole(fields.get(key), 1, MOST_TOKENS))), 0)
     least = _whole(fields.get("min_tokens"), 1, MOST_TOKENS) or 0
     priority = _whole(fields.get("priority"), -32768, 32767)
-    key = fields.get("prompt_cache_key")
+    key = headers.get(SESSION_HEADER) or fields.get("prompt_cache_key")
     return Ask(
         prompt=_prompt(fields) or body,
         is_chat="prompt" not in fields,
@@ -78,9 +89,14 @@ def read_ask(headers: Mapping[str, str], body: bytes, classes: Mapping[str, Serv
         tpot_s=_seconds(headers.get(SLO_HEADERS["tpot_s"]), service.tpot_s),
         weight=service.weight,
         priority=service.priority if priority is None else priority,
-        session=headers.get(SESSION_HEADER) or (key if isinstance(key, str) and key else None),
-        streams=fields.get("stream") is True,
+        session=_digest(key) if isinstance(key, str) and key else None,
+        streams=fields.get("stream") is True if fields else _STREAMS.search(body) is not None,
     )
+
+
+def _digest(name: str) -> str:
+    """Names are the clients', and as long as they like."""
+    return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -122,6 +138,9 @@ def _texts(value: object, depth: int = 0) -> Iterator[str]:
     """The strings of nested messages, in order; roles are parts of the prompt, too."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, dict) and value.get("type") in NO_TEXT and depth < 8:
+        part = {key: item for key, item in value.items() if key != "type"}
+        yield _digest("".join(_texts(part, depth + 1)))  # other images are another prompt
     elif isinstance(value, list | dict) and depth < 8:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item, depth + 1)

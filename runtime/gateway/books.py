@@ -92,6 +92,7 @@ class Flight:
     Attributes:
         ask: what it asks for. request: what the view knows of it.
         order: engines in the order in which Envoy tries them.
+        prompt_bytes: of a prompt that is text; 0 of token ids.
         knows_tokens: the ids of its prefix are those of token blocks.
         sent_s: when it was dispatched. first_s: of its first token, or when it is expected; None: unknown.
         has_begun: the head of its answer is here. is_watched: its body passes the picker.
@@ -103,6 +104,7 @@ class Flight:
     ask: Ask
     request: RequestView
     order: list[int]
+    prompt_bytes: int = 0
     knows_tokens: bool = False
     sent_s: float = 0.0
     first_s: float | None = None
@@ -126,12 +128,12 @@ class Sessions:
         """Earlier turns, and the engine of the last, or -1."""
         return self._known.get(name, (0, -1)) if name else (0, -1)
 
-    def went(self, name: str | None, engine: int) -> None:
-        """A turn went to an engine."""
+    def went(self, name: str | None, engine: int, *, again: bool = False) -> None:
+        """A turn went to an engine; `again`: the latest, which another engine did not take."""
         if name is None:
             return
         turns, _ = self._known.pop(name, (0, -1))
-        self._known[name] = (turns + 1, engine)
+        self._known[name] = (turns + (not again), engine)
         if len(self._known) > MOST_SESSIONS:
             self._known.popitem(last=False)
 
@@ -184,7 +186,9 @@ class Books:
         self.view.now_s = now_s
         self.view.longest_output = max(self.view.longest_output, request.predicted_tokens)
         self.view.arrived(request)
-        return Flight(ask, request, [], knows_tokens=bool(ids))
+        size = len(ask.prompt) if isinstance(ask.prompt, bytes) else 0
+        ask.prompt = b""  # megabytes, which a flight need not hold
+        return Flight(ask, request, [], prompt_bytes=size, knows_tokens=bool(ids))
 
     def _prefix(self, ask: Ask, ids: Sequence[int]) -> list[int]:
         block = self.view.instances[0].prefix_tokens  # engines of one pool have blocks of one size
@@ -202,10 +206,10 @@ class Books:
             flight.first_s = now_s + self.view.instances[i].prefill_tokens / self.view.fleet.prefill_speed[i]
         self.flights[flight.request.key] = flight
 
-    def _remember(self, flight: Flight) -> None:
+    def _remember(self, flight: Flight, *, again: bool = False) -> None:
         engine = self.engines[flight.request.instance]
         engine.index.sent(flight.request.prefix, flight.knows_tokens)
-        self.sessions.went(flight.ask.session, engine.number)
+        self.sessions.went(flight.ask.session, engine.number, again=again)
 
     def begun(self, flight: Flight, status: int, served: str | None, now_s: float) -> None:
         """The head of an answer is here, from the engine of that address."""
@@ -213,7 +217,7 @@ class Books:
         engine = self.by_address.get(served or "")
         if engine is not None and engine.number != flight.request.instance and self._is_open(flight):
             self.view.moved(flight.request, engine.number)
-            self._remember(flight)
+            self._remember(flight, again=True)
         if flight.ask.streams and status == 200:
             flight.first_s = flight.last_s = now_s
             self._count(flight, 1 - flight.request.streamed_tokens)
@@ -238,12 +242,12 @@ class Books:
                 if seen > 1 and not engine.decoded:
                     step_s = self.tpot_s(engine.number) / engine.tpot_ratio
                     self._learn_tpot(engine, flight.last_s - flight.first_s, (seen - 1) * step_s)
-            elif (
-                engine.decoded and engine.predicted_s
-            ):  # right on average, but not if some were cut at what they may have
+            elif engine.decoded and engine.predicted_s:
+                # Right on average, but not if some were cut at what they may have.
                 seen = 1 + round(flight.estimated)
         if flight.status == 200:
-            self.lengths.learn(flight.ask, flight.reported_prompt or None, seen or None)
+            prompt = flight.reported_prompt or None
+            self.lengths.learn(flight.ask.service, flight.prompt_bytes, prompt, seen or None)
         self.view.finished(request)
 
     def advance(self, now_s: float) -> None:

@@ -3,8 +3,9 @@
 Requests come in on one listener, are buffered, shown to the picker together with what it reads of their
 heads, and go to the engine that it named; where that fails before the answer's first byte, to the next one of
 its list (override_host load balancing; the buffered body is sent again). If the picker is gone or slow, Envoy
-sends requests to the engine with the fewest, so nothing is lost; so it does with requests without a body,
-which the picker does not see. An answer that has begun and breaks off ends the client's stream, unfinished.
+sends requests to the engine with the fewest of those that the picker last knew to be up, so nothing is lost;
+so it does with requests without a body, which the picker does not see. An answer that has begun and breaks
+off ends the client's stream, unfinished.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,14 @@ HOLD = (
 )
 
 ENGINES = "engines.json"  # in Envoy's folder
+# What is read of Envoy's statistics: requests that the picker did not see in time, requests in flight, and
+# bytes that clients have not taken.
+PREFIX = "http.gateway."
+STATS = UNPICKED, ACTIVE, UNSENT = (
+    "ext_proc.failure_mode_allowed",
+    "downstream_rq_active",
+    "downstream_cx_tx_bytes_buffered",
+)
 
 Config = dict[str, Any]
 
@@ -184,9 +194,6 @@ def _engines(settings: Settings, path: str) -> Config:
         fallback_policy={"policies": [{"typed_extension_config": fallback}]},
     )
     policy = {"name": "envoy.load_balancing_policies.override_host", "typed_config": override}
-    most = dict.fromkeys(
-        ("max_connections", "max_pending_requests", "max_requests", "max_retries"), UNLIMITED
-    )
     return {
         "name": "engines",
         "type": "EDS",
@@ -194,7 +201,8 @@ def _engines(settings: Settings, path: str) -> Config:
             "eds_config": {"resource_api_version": "V3", "path_config_source": {"path": path}}
         },
         "connect_timeout": _seconds(settings.connect_timeout_s),
-        "circuit_breakers": {"thresholds": [most]},
+        "circuit_breakers": _unlimited(),
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},  # what is down is down
         "load_balancing_policy": {"policies": [{"typed_extension_config": policy}]},
         **_http({"http_protocol_options": {}}, http_filters=[_hold(), _codec()]),
     }
@@ -205,13 +213,23 @@ def _picker(host: str, port: int) -> Config:
         "name": "picker",
         "type": "STATIC",
         "connect_timeout": _seconds(PICKER_TIMEOUT_S),
-        "load_assignment": _assignment("picker", [(host, port)]),
+        "circuit_breakers": _unlimited(),  # a call is open for as long as its answer
+        "load_assignment": _assignment("picker", {(host, port): True}),
         **_http({"http2_protocol_options": {}}),
     }
 
 
-def _assignment(cluster: str, addresses: list[tuple[str, int]]) -> Config:
-    hosts = [{"endpoint": {"address": _address(*address)}} for address in addresses]
+def _unlimited() -> Config:
+    kinds = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    return {"thresholds": [dict.fromkeys(kinds, UNLIMITED)]}
+
+
+def _assignment(cluster: str, addresses: Mapping[tuple[str, int], bool]) -> Config:
+    """Hosts by address, and whether each is up."""
+    hosts = [
+        {"endpoint": {"address": _address(*at)}, "health_status": "HEALTHY" if is_up else "UNHEALTHY"}
+        for at, is_up in addresses.items()
+    ]
     return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": hosts}]}
 
 
@@ -266,8 +284,11 @@ class Envoy:
         self._process, self._folder = process, folder
 
     @classmethod
-    async def start(cls, settings: Settings, endpoints: list[Endpoint]) -> Envoy:
+    async def start(cls, settings: Settings, engines: Mapping[Endpoint, bool]) -> Envoy:
         """Start an Envoy and wait until it serves.
+
+        Args:
+            engines: and whether each is up.
 
         Raises:
             InputError: there is no Envoy, or it does not come up, for example because the port is taken.
@@ -276,7 +297,7 @@ class Envoy:
         folder = tempfile.TemporaryDirectory(prefix="servegym-envoy-")
         path = Path(folder.name) / "envoy.json"
         path.write_text(json.dumps(envoy_config(settings, folder.name)), encoding="utf-8")
-        _write_engines(Path(folder.name), endpoints)
+        _write_engines(Path(folder.name), engines)
         arguments = ["-c", str(path), "--use-dynamic-base-id", "-l", "error"]
         arguments += ["--concurrency", str(settings.envoy_threads)]
         # Out of the terminal's reach, but no session: Linux would schedule it as one, apart from the picker.
@@ -291,26 +312,37 @@ class Envoy:
         return envoy
 
     async def _wait(self) -> None:
-        while await self.order("GET", "/ready") != 200:
+        while (await self.order("GET", "/ready"))[0] != 200:
             if self._process.returncode is not None:
                 raise EOFError
             await asyncio.sleep(0.05)
 
-    async def order(self, method: str, path: str) -> int:
-        """Status of an administrative request; 0 where Envoy does not answer."""
+    async def order(self, method: str, path: str) -> tuple[int, str]:
+        """Status and text of an administrative request; 0 where Envoy does not answer."""
         connector = aiohttp.UnixConnector(f"{self._folder.name}/admin")
         try:
             async with (
                 aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(5)) as session,
                 session.request(method, f"http://envoy{path}") as response,
             ):
-                return response.status
+                return response.status, await response.text()
         except (aiohttp.ClientError, OSError, TimeoutError):
-            return 0
+            return 0, ""
 
-    def list_engines(self, endpoints: list[Endpoint]) -> None:
-        """Let Envoy have these engines; what runs on others may end there."""
-        _write_engines(Path(self._folder.name), endpoints)
+    async def stats(self) -> dict[str, int]:
+        """Numbers of its listener, those of `STATS`; empty where it does not answer."""
+        _, text = await self.order("GET", f"/stats?filter={'|'.join(STATS)}")
+        lines = (line.removeprefix(PREFIX).split(": ") for line in text.splitlines())
+        return {name: int(number) for name, number in lines if name in STATS}
+
+    async def is_busy(self) -> bool:
+        """Whether there are requests that it has not answered to the last byte."""
+        found = await self.stats()
+        return bool(found.get(ACTIVE) or found.get(UNSENT))
+
+    def list_engines(self, engines: Mapping[Endpoint, bool]) -> None:
+        """Let Envoy have these engines, and whether each is up; what runs on others may end there."""
+        _write_engines(Path(self._folder.name), engines)
 
     async def drain(self) -> None:
         """Take no new connections, and ask clients on old ones to leave."""
@@ -338,10 +370,11 @@ class Envoy:
         self._folder.cleanup()
 
 
-def _write_engines(folder: Path, endpoints: list[Endpoint]) -> None:
+def _write_engines(folder: Path, engines: Mapping[Endpoint, bool]) -> None:
     """The list of engines, in one step: Envoy reads what is moved there."""
     kind = "config.endpoint.v3.ClusterLoadAssignment"
-    engines = _typed(kind, **_assignment("engines", [(e.ip, e.port) for e in endpoints]))
+    hosts = {(e.ip, e.port): is_up for e, is_up in engines.items()}
+    text = json.dumps({"resources": [_typed(kind, **_assignment("engines", hosts))]})
     new = folder / f"{ENGINES}.new"
-    new.write_text(json.dumps({"resources": [engines]}), encoding="utf-8")
+    new.write_text(text, encoding="utf-8")
     new.replace(folder / ENGINES)

@@ -202,8 +202,8 @@ class Exchange:
         if self.flight is not None:
             now, status = self._now(), headers.get(STATUS, "")
             first = self._picker.addresses(self.flight.order[:1])
-            self._telemetry.begun(self.flight, served not in (None, first), now)
             self._picker.books.begun(self.flight, int(status) if status.isdecimal() else 0, served, now)
+            self._telemetry.begun(self.flight, served not in (None, first), now)
             wants_body = self._wants_body(message.response_headers.end_of_stream, now)
         return _begun(load is not None, wants_body and not self._duplex_out)
 
@@ -273,13 +273,16 @@ def _begun(has_load: bool, wants_body: bool) -> ProcessingResponse:
     return response
 
 
-def refuse(refusal: Refusal, retry_after_s: int) -> ImmediateResponse:
-    """The answer to a request that no engine gets, as OpenAI's API words errors."""
+def refuse(refusal: Refusal, retry_after_s: int | None) -> ImmediateResponse:
+    """The answer to a request that no engine gets, as OpenAI's API words errors; None: never try again."""
     error = {"message": refusal.message, "type": KINDS[refusal.status], "code": refusal.status}
     response = ImmediateResponse(
         status={"code": refusal.status}, body=json.dumps({"error": error}).encode(), details=refusal.reason
     )
-    for name, value in (("content-type", "application/json"), ("retry-after", str(retry_after_s))):
+    headers = {"content-type": "application/json"}
+    if retry_after_s is not None:
+        headers["retry-after"] = str(retry_after_s)
+    for name, value in headers.items():
         response.headers.set_headers.add(header={"key": name, "raw_value": value.encode()})
     return response
 

@@ -9,6 +9,7 @@ both ways; header compression is hpack's. Each message is answered as it comes, 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from struct import Struct
@@ -31,6 +32,8 @@ WINDOW, MOST_WINDOW = (1 << 16) - 1, (1 << 31) - 1
 REFILL = 1 << 24  # bytes received, after which the peer may send as many more
 MOST_HEADERS = 1 << 16  # bytes of a block
 MOST_PATHS = 64  # blocks whose path is remembered
+# Seconds of silence before a client is probed and between probes; probes; milliseconds that data may wait.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
 _FRAME, _SETTING, _WORD = Struct(">BHBBI"), Struct(">HI"), Struct(">I")
 # Header blocks without state: `:status: 200`, `content-type: application/grpc`; then a literal's start.
@@ -125,6 +128,7 @@ class Connection(asyncio.Protocol):
         """As of any protocol: it is there."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        _notice_its_end(transport.get_extra_info("socket"))
         self._connections.add(self)
         # Without a table, equal header blocks mean the same.
         settings = _SETTING.pack(TABLE_SIZE, 0) + _SETTING.pack(INITIAL_WINDOW, 2 * REFILL)
@@ -405,6 +409,15 @@ class Connection(asyncio.Protocol):
             del self._streams[number]
         if len(self._out) > before:
             self._refill_stream(number, stream)
+
+
+def _notice_its_end(connection: socket.socket | None) -> None:
+    """A client whose machine is gone says nothing; its calls would be open for ever."""
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE.items():
+            if hasattr(socket, name):  # not on every system
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class _NoCall:

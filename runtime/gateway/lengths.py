@@ -93,9 +93,11 @@ class Lengths:
         tokens = max(round(OUTPUT_TOKENS if mean is None else mean.value), ask.least_tokens, 1)
         return min(tokens, ask.most_tokens) if ask.most_tokens else tokens
 
-    def learn(self, ask: Ask, prompt_tokens: int | None, output_tokens: int | None) -> None:
-        """An answer has ended; None where its usage is not known."""
-        if prompt_tokens and isinstance(ask.prompt, bytes):
-            self._bytes_per_token.add(len(ask.prompt) / BYTES_PER_TOKEN, prompt_tokens / BYTES_PER_TOKEN)
+    def learn(
+        self, service: str, prompt_bytes: int, prompt_tokens: int | None, output_tokens: int | None
+    ) -> None:
+        """An answer has ended; None where its usage is not known, 0 bytes where the prompt was no text."""
+        if prompt_bytes and prompt_tokens:
+            self._bytes_per_token.add(prompt_bytes / BYTES_PER_TOKEN, prompt_tokens / BYTES_PER_TOKEN)
         if output_tokens:
-            self._output.setdefault(ask.service, _Mean(float(output_tokens))).add(float(output_tokens))
+            self._output.setdefault(service, _Mean(float(output_tokens))).add(float(output_tokens))

@@ -35,12 +35,19 @@ class Watchman:
 
     Args:
         now: seconds on the view's clock.
+        changed: called when an engine has come or gone.
     """
 
     def __init__(
-        self, books: Books, settings: Settings, telemetry: Telemetry, now: Callable[[], float]
+        self,
+        books: Books,
+        settings: Settings,
+        telemetry: Telemetry,
+        now: Callable[[], float],
+        changed: Callable[[], None],
     ) -> None:
         self._books, self._settings, self._telemetry, self._now = books, settings, telemetry, now
+        self._changed = changed
         self._watched: set[Engine] = set()
 
     async def run(self, looked: asyncio.Event) -> None:
@@ -65,13 +72,15 @@ class Watchman:
         checked = 0.0
         while engine.is_listed:
             begin = self._now()
-            check = begin - checked >= HEALTH_S
+            check = begin - checked >= HEALTH_S or not self._is_up(engine)
             checked = begin if check else checked
             await self.look(session, engine, check)
-            is_up = self._books.view.instances[engine.number].available
-            pause = period if is_up else max(period, DOWN_S)
+            pause = period if self._is_up(engine) else max(period, DOWN_S)
             await asyncio.sleep(max(pause - (self._now() - begin), 0.001))
         self._watched.discard(engine)
+
+    def _is_up(self, engine: Engine) -> bool:
+        return self._books.view.instances[engine.number].available
 
     async def look(self, session: aiohttp.ClientSession, engine: Engine, health: bool) -> None:
         """One scrape of an engine, and what follows from it, if it is still listed then."""
@@ -90,6 +99,7 @@ class Watchman:
         else:
             if self._books.up(engine):
                 self._telemetry.event("engine_up", engine=engine.endpoint.address)
+                self._changed()
             with suppress(ValueError):  # what cannot be read grows stale
                 self._books.read(engine, parse_metrics(found), self._now())
 
@@ -110,6 +120,7 @@ class Watchman:
     def _down(self, engine: Engine, why: str) -> None:
         if self._books.down(engine):
             self._telemetry.event("engine_down", engine=engine.endpoint.address, why=why)
+            self._changed()
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -6,8 +6,8 @@ import asyncio
 import gc
 import signal
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
 from servegym.envs.cluster.spec import InstanceSpec
@@ -15,16 +15,25 @@ from servegym.errors import InputError
 from servegym.runtime.bundle import MANIFEST, is_bundle
 from servegym.runtime.decider import Decider
 from servegym.runtime.gateway.books import Books
-from servegym.runtime.gateway.envoy import Envoy
+from servegym.runtime.gateway.envoy import UNPICKED, Envoy
 from servegym.runtime.gateway.exchange import Exchange, Watch
 from servegym.runtime.gateway.lengths import Lengths, load_tokenizer
 from servegym.runtime.gateway.picker import Picker
 from servegym.runtime.gateway.scrape import Watchman
 from servegym.runtime.gateway.server import Server
-from servegym.runtime.gateway.settings import Settings, parse_endpoints, read_classes, read_engines
+from servegym.runtime.gateway.settings import (
+    Endpoint,
+    Settings,
+    parse_endpoints,
+    read_classes,
+    read_engines,
+)
 from servegym.runtime.gateway.telemetry import Telemetry
 
-CHANGED_S = 2.0  # pause between two looks at the bundle's folder, and at the names of engines that are gone
+CHANGED_S = (
+    2.0  # pause between two looks at the bundle's folder, at the names of engines that are gone, at Envoy
+)
+LOOK_S = 0.05  # and at what is still in flight, at the end
 FAILED = 1
 
 
@@ -55,13 +64,10 @@ class Gateway:
         endpoints = parse_endpoints(self._urls)
         self.classes = read_classes(settings.classes)
         self.telemetry = Telemetry(settings.log_requests)
-        decider = Decider(policy, fallback, settings.budget_ms / 1e3)
-        if "dispatch" not in decider.policy.kinds:
-            kinds = ", ".join(decider.policy.kinds)
-            raise InputError("gateway", "policy", policy, f"it answers {kinds}; a gateway asks for dispatch")
+        decider = Decider(policy, fallback, settings.budget_ms / 1e3, needs="dispatch")
         books = Books(
             endpoints,
-            _specs(settings, len(endpoints)),
+            self._specs(endpoints),
             Lengths(load_tokenizer(settings.tokenizer)),
             max(service.priority for service in self.classes.values()),
         )
@@ -89,8 +95,9 @@ class Gateway:
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             background = await self._start(stack, tasks)
             if self.settings.envoy:
-                self.envoy = await Envoy.start(self.settings, [e.endpoint for e in self.picker.books.engines])
+                self.envoy = await Envoy.start(self.settings, self._engines())
                 stack.push_async_callback(self.envoy.stop)
+                background.append(tasks.create_task(self._watch_envoy(self.envoy)))
             self._listen_to_signals(stack, tasks)
             # What lives now lives on: the collector need not look at it while requests wait.
             gc.collect()
@@ -114,7 +121,7 @@ class Gateway:
         except OSError as error:
             raise InputError("gateway", "metrics_port", settings.metrics_port, str(error)) from error
         looked = asyncio.Event()
-        watchman = Watchman(books, settings, self.telemetry, self.now)
+        watchman = Watchman(books, settings, self.telemetry, self.now, self._tell_envoy)
         background = [tasks.create_task(watchman.run(looked)), tasks.create_task(self._watch_names())]
         if settings.kv_events is not None:
             from servegym.runtime.gateway.kv_events import KVEvents  # late: pyzmq and msgpack are extras
@@ -155,9 +162,34 @@ class Gateway:
         if self.envoy is not None:
             await self.envoy.drain()
         deadline = self.now() + self.settings.drain_s
-        while self.picker.books.flights and self.now() < deadline:
-            await asyncio.sleep(0.05)
+        while await self._is_busy() and self.now() < deadline:
+            await asyncio.sleep(LOOK_S)
         self.telemetry.event("ended", inflight=len(self.picker.books.flights))
+
+    async def _is_busy(self) -> bool:
+        """Whether anything is in flight; Envoy knows of requests that the picker did not see, too."""
+        return bool(self.picker.books.flights) or (self.envoy is not None and await self.envoy.is_busy())
+
+    # --- Envoy ------------------------------------------------------------------------------------------
+
+    def _engines(self) -> dict[Endpoint, bool]:
+        """Where engines listen, and whether each is up."""
+        books = self.picker.books
+        return {e.endpoint: books.view.instances[e.number].available for e in books.engines if e.is_listed}
+
+    def _tell_envoy(self) -> None:
+        if self.envoy is not None:
+            self.envoy.list_engines(self._engines())
+
+    async def _watch_envoy(self, envoy: Envoy) -> None:
+        """Count the requests that Envoy had to place itself, because the picker was late."""
+        seen = 0
+        while True:
+            await asyncio.sleep(CHANGED_S)
+            found = (await envoy.stats()).get(UNPICKED, seen)
+            if found > seen:
+                self.telemetry.unpicked(found - seen)
+            seen = found
 
     # --- reload -----------------------------------------------------------------------------------------
 
@@ -173,50 +205,69 @@ class Gateway:
             stack.callback(loop.remove_signal_handler, number)
 
     async def reload(self) -> None:
-        """Take the policy anew, and the engines; what is refused leaves the present one in place."""
-        try:
+        """Take the engines anew, and the policy; what is refused leaves the present ones in place."""
+        with self._refusing():
             await self._list_engines(read_engines(self.settings))
+        await self._reload_policy()
+
+    async def _reload_policy(self) -> None:
+        with self._refusing():
             await asyncio.to_thread(self.picker.decider.reload, self.policy)
+            self.telemetry.event("reloaded", policy=self.picker.decider.policy.name)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Input that is refused costs a line in the log."""
+        try:
+            yield
         except InputError as error:
             self.telemetry.event("reload_refused", error=str(error))
-        else:
-            self.telemetry.event("reloaded", policy=self.picker.decider.policy.name)
 
     async def _list_engines(self, urls: tuple[str, ...] | None = None) -> None:
         """Use these engines, or those of before, at the addresses that their names have now."""
         async with self._listing:  # a look-up of names may not end behind a newer list, and undo it
             self._urls, before = urls or self._urls, self._urls
             try:
-                endpoints = await asyncio.to_thread(parse_endpoints, self._urls)
+                endpoints = await asyncio.to_thread(parse_endpoints, self._urls, self._engines())
             except InputError:
                 self._urls = before
                 raise
-            books, addresses = self.picker.books, {endpoint.address for endpoint in endpoints}
-            if addresses == {engine.endpoint.address for engine in books.engines if engine.is_listed}:
+            addresses = {endpoint.address for endpoint in endpoints}
+            if addresses == {endpoint.address for endpoint in self._engines()}:
                 return
-            books.list_engines(endpoints, _specs(self.settings, len(endpoints)))
-            if self.envoy is not None:
-                self.envoy.list_engines(endpoints)
+            self.picker.books.list_engines(endpoints, self._specs(endpoints))
+            self._tell_envoy()
             self.telemetry.event("engines", listed=sorted(addresses))
 
     async def _watch_names(self) -> None:
         """Look for engines that are gone: they may come back under another address."""
-        books = self.picker.books
         while True:
             await asyncio.sleep(CHANGED_S)
-            if any(e.is_listed and not books.view.instances[e.number].available for e in books.engines):
-                with suppress(InputError):  # a name that does not resolve yet
+            engines = self._engines()
+            if len(engines) < len(self._urls) or not all(engines.values()):
+                with suppress(InputError):  # names that do not resolve yet
                     await self._list_engines()
 
     async def _watch_folder(self) -> None:
-        """Reload when an export has replaced the bundle."""
+        """Reload the policy when an export has replaced the bundle."""
         seen = _version(self.policy)
         while True:
             await asyncio.sleep(CHANGED_S)
             found = _version(self.policy)
             if found not in (None, seen):
                 seen = found
-                await self.reload()
+                await self._reload_policy()
+
+    def _specs(self, endpoints: Sequence[Endpoint]) -> list[InstanceSpec]:
+        """The engines as configured: all with one profile, or each with its own."""
+        settings, profiles = self.settings, self.settings.profile
+        if len(profiles) != len(self._urls):
+            profiles = profiles * len(self._urls)
+        own = {url.rstrip("/"): name for url, name in zip(self._urls, profiles, strict=False)}
+        return [
+            InstanceSpec(own[e.url], token_budget=settings.token_budget, max_seqs=settings.max_seqs)
+            for e in endpoints
+        ]
 
     def _addresses(self) -> dict[str, str]:
         host, settings = self.settings.host, self.settings
@@ -225,14 +276,6 @@ class Gateway:
             "metrics": f"http://{host}:{settings.metrics_port}",
         }
         return {"serves": f"http://{host}:{settings.port}", **addresses} if settings.envoy else addresses
-
-
-def _specs(settings: Settings, count: int) -> list[InstanceSpec]:
-    profiles = settings.profile if len(settings.profile) == count else settings.profile * count
-    return [
-        InstanceSpec(name, token_budget=settings.token_budget, max_seqs=settings.max_seqs)
-        for name in profiles
-    ]
 
 
 def _cause(error: BaseException) -> BaseException:

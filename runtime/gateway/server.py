@@ -6,12 +6,12 @@ import asyncio
 import traceback
 from collections.abc import Callable
 
-from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
+from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
 from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from servegym.errors import InputError
-from servegym.runtime.gateway.exchange import Exchange
+from servegym.runtime.gateway.exchange import Exchange, refuse
 from servegym.runtime.gateway.http2 import (
     INTERNAL,
     INVALID_ARGUMENT,
@@ -20,6 +20,7 @@ from servegym.runtime.gateway.http2 import (
     Connection,
     RefusedError,
 )
+from servegym.runtime.gateway.picker import Refusal
 from servegym.runtime.gateway.telemetry import Telemetry
 
 PROCESSOR = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -29,11 +30,18 @@ FRAME_BYTES = 1 << 16  # of a message around the body that it carries
 LOOK_S = 0.01  # pause between two looks at what is still open, at the end
 
 
+# Envoy's first message is malformed where a header that is read is no text. To let such a request pass would
+# let clients around the picker.
+_NO_TEXT = ProcessingResponse(
+    immediate_response=refuse(Refusal(400, "no_text", "the headers of a request must be UTF-8"), None)
+).SerializeToString()
+
+
 class Processing:
     """Plays one exchange; whatever goes wrong ends it, and Envoy goes on without."""
 
     def __init__(self, exchange: Exchange, telemetry: Telemetry) -> None:
-        self._exchange, self._telemetry = exchange, telemetry
+        self._exchange, self._telemetry, self._has_begun = exchange, telemetry, False
 
     def message(self, data: bytes) -> list[bytes]:
         """As of any `Call`."""
@@ -41,7 +49,10 @@ class Processing:
             message = ProcessingRequest.FromString(data)
         except DecodeError:
             self._telemetry.count("malformed")
-            raise RefusedError(INVALID_ARGUMENT, "this is no ProcessingRequest") from None
+            if self._has_begun:
+                raise RefusedError(INVALID_ARGUMENT, "this is no ProcessingRequest") from None
+            return [_NO_TEXT]
+        self._has_begun = True
         try:
             answers = [answer.SerializeToString() for answer in self._exchange.answer(message)]
             return [] if message.observability_mode else answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tomllib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -133,11 +134,11 @@ class Endpoint(NamedTuple):
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
 
 
-def parse_endpoint(url: str) -> Endpoint:
-    """An engine's URL; its name is resolved once.
+def parse_endpoint(url: str) -> Endpoint | None:
+    """An engine's URL, its name resolved now; None where it does not resolve.
 
     Raises:
-        InputError: for text that is no http URL, or a name that does not resolve.
+        InputError: for text that is no http URL.
     """
     hint = "give a URL such as http://127.0.0.1:8101"
     try:
@@ -149,24 +150,30 @@ def parse_endpoint(url: str) -> Endpoint:
         raise InputError("gateway", "engines", url, hint)
     try:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError("gateway", "engines", url, f"its name does not resolve: {error}") from error
+    except OSError:
+        return None
     return Endpoint(url.rstrip("/"), str(found[0][4][0]), port)
 
 
-def parse_endpoints(urls: tuple[str, ...]) -> list[Endpoint]:
-    """All engines' URLs.
+def parse_endpoints(urls: Sequence[str], before: Iterable[Endpoint] = ()) -> list[Endpoint]:
+    """All engines' URLs; one whose name does not resolve is where it was before, or left out.
 
     Raises:
-        InputError: as `parse_endpoint`, or for two of one address.
+        InputError: as `parse_endpoint`, for two of one address, or where no name resolves.
     """
-    endpoints = [parse_endpoint(url) for url in urls]
-    seen: set[str] = set()
-    for endpoint in endpoints:
-        if endpoint.address in seen:
+    last = {endpoint.url: endpoint for endpoint in before}
+    found = [parse_endpoint(url) for url in urls]
+    taken: dict[str, Endpoint] = {}
+    for endpoint in filter(None, found):
+        if endpoint.address in taken:
             raise InputError("gateway", "engines", endpoint.url, f"{endpoint.address} is there twice")
-        seen.add(endpoint.address)
-    return endpoints
+        taken[endpoint.address] = endpoint
+    for url, endpoint in zip(urls, found, strict=True):
+        if endpoint is None and (old := last.get(url.rstrip("/"))):
+            taken.setdefault(old.address, old)
+    if not taken:
+        raise InputError("gateway", "engines", list(urls), "no name resolves")
+    return list(taken.values())
 
 
 def read_engines(settings: Settings) -> tuple[str, ...]:

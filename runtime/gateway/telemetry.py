@@ -46,6 +46,11 @@ class Telemetry:
         self._retried = Counter(
             "servegym_retried", "Requests that another engine than the first served", registry=registry
         )
+        self._unpicked = Counter(
+            "servegym_unpicked",
+            "Requests that Envoy placed itself, because the picker did not answer in time",
+            registry=registry,
+        )
         self._events = Counter(
             "servegym_events", "Engines up or down, reloads, errors", ("event",), registry=registry
         )
@@ -87,11 +92,16 @@ class Telemetry:
         if self.log_requests:
             self.log("refused", status=refusal.status, reason=refusal.reason)
 
+    def unpicked(self, requests: int) -> None:
+        """So many requests went on without a pick."""
+        self._unpicked.inc(requests)
+        self.log("unpicked", requests=requests)
+
     def begun(self, flight: Flight, is_retry: bool, now_s: float) -> None:
-        """The head of an answer is here."""
+        """The head of an answer is here, its status in the books."""
         if is_retry:
             self._retried.inc()
-        if flight.ask.streams:
+        if flight.ask.streams and flight.status == 200:
             self._ttft.observe(now_s - flight.request.arrived_s)
 
     def finished(self, flight: Flight, name: str, engine: str, now_s: float) -> None:

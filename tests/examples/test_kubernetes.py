@@ -1,6 +1,8 @@
 """The manifests: flags that exist, names and ports that meet, containers without rights."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,11 @@ def test_containers_have_probes_resources_and_no_rights():
         volumes = {volume["name"] for volume in pod.get("volumes", [])}
         assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
     assert seen == 3
+
+
+def test_the_picker_s_image_has_what_the_gateway_needs():
+    """pip installs without dependencies there, so that torch stays out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"]["gateway"]}
+    words = set((FOLDER / "Dockerfile").read_text(encoding="utf-8").split())
+    assert wanted - words == {"msgpack", "pyzmq"}  # of KV events, which these manifests do not use

@@ -43,7 +43,9 @@ def test_token_ids_are_taken_as_they_are():
 def test_class_session_and_service_level_come_from_headers():
     found = ask({"prompt": "x"}, x_gateway_inference_objective="batch", x_session_id="s", x_slo_ttft_ms="250")
     assert (found.service, found.priority, found.weight) == ("batch", 5, 0.5)
-    assert (found.ttft_s, found.tpot_s, found.session) == (0.25, 0.2, "s")
+    assert (found.ttft_s, found.tpot_s) == (0.25, 0.2)
+    assert found.session == ask({"prompt": "y", "prompt_cache_key": "s"}).session
+    assert found.session != ask({"prompt": "x"}, x_session_id="t").session
 
 
 def test_the_body_s_priority_wins_over_the_class_s():
@@ -78,3 +80,25 @@ def test_what_cannot_be_understood_still_is_a_request(body):
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e12"])
 def test_service_levels_out_of_range_count_as_not_said(value):
     assert ask({"prompt": "x"}, x_slo_tpot_ms=value).tpot_s == 0.05
+
+
+def test_names_of_sessions_take_no_more_room_than_others():
+    assert len(ask({"prompt": "x", "prompt_cache_key": "k" * 500_000}).session) == 32
+
+
+def test_the_bytes_of_an_image_are_no_text_but_tell_it_from_others():
+    def seen(data: str) -> bytes:
+        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        content = [{"type": "text", "text": "what is this?"}, image]
+        return ask({"messages": [{"role": "user", "content": content}]}).prompt
+
+    assert b"what is this?" in seen("A" * 50_000)
+    assert len(seen("A" * 50_000)) < 100
+    assert seen("A" * 50_000) != seen("B" * 50_000)
+
+
+def test_a_body_too_large_to_be_parsed_says_whether_it_streams():
+    large = {"prompt": "x" * PARSED_BYTES, "stream": True}
+    assert ask(json.dumps(large).encode()).streams
+    assert ask(json.dumps(large, separators=(",", ":")).encode()).streams
+    assert not ask(json.dumps({**large, "stream": False}).encode()).streams

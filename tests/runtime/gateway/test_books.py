@@ -191,7 +191,7 @@ def test_the_engine_that_served_has_the_request(make_books):
     flight = sent(books, session="s")
     books.begun(flight, 200, "127.0.0.1:2", 2.0)
     assert [x[0] for x in sums(books)] == [0, 1, 0]
-    assert books.sessions.look("s")[1] == 1
+    assert books.sessions.look("s") == (1, 1)  # one turn, though two engines were asked
     books.begun(flight, 200, "1.2.3.4:5", 2.0)  # of nobody's
     assert [x[0] for x in sums(books)] == [0, 1, 0]
 
@@ -204,6 +204,12 @@ def test_turns_of_a_session_and_its_prefix(make_books):
     hits = [x.cached_tokens(later, later.prompt_tokens - 1) for x in books.view.instances]
     assert hits == [992, 0, 0]
     assert sent(books).request.booked_tokens == 1000 - 992
+
+
+def test_a_flight_does_not_hold_its_prompt(make_books):
+    books = make_books()
+    flight = sent(books)
+    assert (flight.ask.prompt, flight.prompt_bytes) == (b"", len(PROMPT))
 
 
 def test_sessions_that_are_idle_for_longest_are_forgotten():

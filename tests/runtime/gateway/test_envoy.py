@@ -95,7 +95,7 @@ def test_headers_and_load_reports_reach_the_picker(tmp_path):
             await until(lambda: books.flights)
             (flight,) = books.flights.values()
             ask = flight.ask
-            assert (ask.service, ask.session, ask.ttft_s, ask.tpot_s) == ("fast", "s", 0.3, 0.07)
+            assert (ask.service, bool(ask.session), ask.ttft_s, ask.tpot_s) == ("fast", True, 0.3, 0.07)
             assert (await asked)[0] == 200
             x = books.view.instances[0]
             assert (x.seen_waiting, x.seen_kv_usage) == (9.0, 0.625)
@@ -167,7 +167,7 @@ def test_a_request_with_trailers_is_answered():
     run(test)
 
 
-def test_a_header_that_is_no_text_costs_no_more_than_the_pick():
+def test_a_header_that_is_no_text_is_no_way_around_the_picker():
     async def test():
         a = FakeEngine()
         async with behind_envoy(a) as (gateway, client, _):
@@ -175,13 +175,43 @@ def test_a_header_that_is_no_text_costs_no_more_than_the_pick():
             body = json.dumps(STREAM).encode()
             head = b"POST /v1/completions HTTP/1.1\r\nhost: g\r\nx-session-id: \xff\xfe\r\n"
             writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-            answer = b""
-            while b"[DONE]" not in answer:
-                answer += await asyncio.wait_for(reader.read(1 << 16), 10)
+            assert b" 400 " in await asyncio.wait_for(reader.readline(), 10)
             writer.close()
-            assert gateway.picker.decider.counts["answered"] == 0  # protobuf refuses such a message
             assert (await client.post(STREAM))[0] == 200
             await until(lambda: books_are_empty(gateway))
+
+    run(test)
+
+
+def test_more_answers_in_flight_than_envoy_allows_by_default_are_all_in_the_books():
+    async def test():
+        a, many, tasks = FakeEngine(first_s=60.0), 1100, []
+        async with behind_envoy(a) as (gateway, client, _):
+            while len(tasks) < many:  # a few at a time, for all are in this process
+                tasks += [asyncio.create_task(client.post(WHOLE)) for _ in range(20)]
+                await until(lambda: len(a.served) == len(tasks))
+            assert len(gateway.picker.books.flights) == many
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await until(lambda: books_are_empty(gateway))
+
+    run(test)
+
+
+def test_what_has_no_body_goes_to_no_engine_that_is_down():
+    async def test():
+        a, b = FakeEngine(), FakeEngine()
+        flags = {"scrape_s": 0.05, "probe_timeout_s": 0.2, "idle_timeout_s": 60.0}
+        async with behind_envoy(a, b, **flags) as (gateway, client, _):
+            a.hang = True
+            await until(lambda: gateway.picker.able() == [1])
+            await asyncio.sleep(0.2)  # until Envoy has read it
+            for _ in range(8):
+                assert await asyncio.wait_for(client.get("/v1/models"), 5) == 200
+            a.hang = False
+            await until(lambda: gateway.picker.able() == [0, 1])
+            assert (await client.post(STREAM))[:2] == (200, TOKENS)
 
     run(test)
 
@@ -384,6 +414,72 @@ def test_engines_come_and_go_without_a_restart(tmp_path):
     run(test)
 
 
+def test_what_goes_on_without_the_picker_is_counted(monkeypatch):
+    monkeypatch.setattr("servegym.runtime.gateway.serve.CHANGED_S", 0.1)
+
+    async def test():
+        a = FakeEngine()
+        async with behind_envoy(a) as (gateway, client, _):
+            await gateway._server.stop(0)
+            for _ in range(3):
+                assert (await client.post(STREAM))[0] == 200
+            count = gateway.telemetry.registry.get_sample_value
+            await until(lambda: count("servegym_unpicked_total") == 3)
+
+    run(test)
+
+
+def test_draining_waits_for_requests_that_the_picker_does_not_see():
+    async def test():
+        a = FakeEngine(gap_s=0.3)
+        async with behind_envoy(a) as (gateway, client, task):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.port)
+            body = json.dumps(STREAM).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: g\r\ncontent-length: %d\r\n\r\n"
+            writer.write(head % len(body) + body[:10])  # the rest is still to come
+            await asyncio.sleep(0.3)
+            await gateway._server.stop(0)
+            unseen = asyncio.create_task(client.post(STREAM))
+            await until(lambda: a.running)
+            gateway.stop()
+            assert await unseen == (200, TOKENS, True)
+            writer.write(body[10:])
+            answer = b""
+            while b"[DONE]" not in answer:
+                answer += (got := await asyncio.wait_for(reader.read(1 << 16), 10))
+                assert got
+            writer.close()
+            assert await asyncio.wait_for(task, 20) == 0
+
+    run(test)
+
+
+def test_draining_waits_for_clients_that_read_slowly(monkeypatch):
+    monkeypatch.setattr("tests.runtime.gateway.engines.EVENT", b"data: " + b"x" * 100_000 + b"\n\n")
+
+    async def test():
+        a = FakeEngine()
+        async with behind_envoy(a) as (gateway, _, task):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.port, limit=1 << 16)
+            body = json.dumps({**STREAM, "max_tokens": 75}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: g\r\ncontent-length: %d\r\n\r\n"
+            writer.write(head % len(body) + body)
+            await until(lambda: a.served and books_are_empty(gateway))
+            gateway.stop()
+            answer, deadline = 0, asyncio.get_running_loop().time() + 20
+            last = b""
+            while b"[DONE]" not in last and asyncio.get_running_loop().time() < deadline:
+                piece = await asyncio.wait_for(reader.read(1 << 16), 10)
+                assert piece, f"cut after {answer} bytes"
+                answer, last = answer + len(piece), last[-20:] + piece
+                await asyncio.sleep(0.005)
+            assert b"[DONE]" in last
+            writer.close()
+            assert await asyncio.wait_for(task, 20) == 0
+
+    run(test)
+
+
 def test_draining_lets_requests_end_and_takes_no_new_ones():
     async def test():
         a = FakeEngine(first_s=0.5)
@@ -413,7 +509,7 @@ def test_a_taken_port_is_told():
         a = await FakeEngine().start()
         settings = replace(QUICK, engines=(a.url,), envoy=True, port=a.port)
         with pytest.raises(InputError, match=f"port {a.port}"):
-            await Envoy.start(settings, parse_endpoints(settings.engines))
+            await Envoy.start(settings, dict.fromkeys(parse_endpoints(settings.engines), True))
         await a.stop()
 
     run(test)

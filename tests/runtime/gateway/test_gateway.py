@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import socket
 
 import aiohttp
 import grpc
 import pytest
+from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servegym.runtime.gateway.server import PROCESSOR
 from tests.runtime.gateway.engines import EVENT, FakeEngine
 from tests.runtime.gateway.envoys import DUPLEX, MODES
+from tests.runtime.gateway.fuzzing import METHOD
 from tests.runtime.gateway.running import running, until
 
 STREAM = {"prompt": "hello " * 50, "max_tokens": 5, "stream": True}
@@ -242,5 +245,59 @@ def test_health_follows_grpc_s_protocol_and_draining():
                     await asyncio.sleep(0.01)
                 assert await state("liveness") == "SERVING"
                 assert (await slow).body == TOKENS  # it may end
+
+    run(test)
+
+
+def test_an_engine_that_says_it_is_ill_stays_down():
+    async def test():
+        a, b = FakeEngine(), FakeEngine()
+        async with running(a, b, scrape_s=0.02) as (gateway, _):
+            a.health = 503
+            instance = gateway.picker.books.view.instances[0]
+            await until(lambda: not instance.available)
+            for _ in range(100):
+                await asyncio.sleep(0.02)
+                assert not instance.available
+            a.health = 200
+            await until(lambda: instance.available)
+
+    run(test)
+
+
+def test_refusals_are_no_first_tokens():
+    async def test():
+        a = FakeEngine(status=500)
+        async with running(a) as (gateway, envoy):
+            assert (await envoy.post(STREAM)).status == 500
+            count = "servegym_ttft_seconds_count"
+            assert gateway.telemetry.registry.get_sample_value(count) == 0
+            a.status = 200
+            assert (await envoy.post(STREAM)).status == 200
+            assert gateway.telemetry.registry.get_sample_value(count) == 1
+
+    run(test)
+
+
+def test_a_first_message_that_is_none_is_refused_and_goes_not_past_the_picker():
+    async def test():
+        async with running(FakeEngine()) as (gateway, _):
+            address = f"127.0.0.1:{gateway.settings.picker_port}"
+            async with grpc.aio.insecure_channel(address) as channel:
+                method = channel.stream_stream(METHOD, lambda data: data, pb.ProcessingResponse.FromString)
+                call = method()
+                await call.write(b"\xff\xff")
+                assert (await call.read()).immediate_response.status.code == 400
+
+    run(test)
+
+
+def test_a_client_whose_machine_is_gone_is_noticed():
+    async def test():
+        async with running(FakeEngine()) as (gateway, envoy):
+            assert (await envoy.post(STREAM)).status == 200
+            (connection,) = gateway._server._connections
+            raw = connection._transport.get_extra_info("socket")
+            assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
     run(test)

@@ -13,7 +13,7 @@ def test_without_a_tokenizer_bytes_count_at_a_rate_that_is_learned():
     lengths, ask = Lengths(), Ask(b"x" * 1000)
     assert lengths.prompt(ask)[0] == 250
     for _ in range(50):
-        lengths.learn(ask, 500, 10)
+        lengths.learn("default", 1000, 500, 10)
     assert lengths.prompt(ask) == (500, ())
     assert lengths.bytes_per_token == pytest.approx(2.0, rel=0.01)
 
@@ -40,7 +40,7 @@ def test_outputs_are_predicted_by_class_within_the_request_s_bounds():
     assert lengths.output(Ask(b"", most_tokens=16)) == 16
     assert lengths.output(Ask(b"")) == 256
     for _ in range(5):
-        lengths.learn(Ask(b"", service="chat"), None, 40)
+        lengths.learn("chat", 0, None, 40)
     assert lengths.output(Ask(b"", service="chat")) == 40
     assert lengths.output(Ask(b"", service="other")) == 256
     assert lengths.output(Ask(b"", service="chat", least_tokens=60)) == 60
@@ -49,7 +49,7 @@ def test_outputs_are_predicted_by_class_within_the_request_s_bounds():
 def test_recent_outputs_weigh_more():
     lengths = Lengths()
     for tokens in [10] * 100 + [100] * 300:
-        lengths.learn(Ask(b""), None, tokens)
+        lengths.learn("default", 0, None, tokens)
     assert 90 <= lengths.output(Ask(b"")) <= 100
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from servegym.agents.task import Task
 from servegym.cli import main
 from servegym.errors import InputError
 from servegym.runtime.export import Origin, export_bundle
@@ -48,7 +49,7 @@ def changed(folder: Path) -> None:
     ("arguments", "told"),
     [
         (("no_such_rule", *ENGINE), "name = 'no_such_rule'"),
-        (("victim_largest", *ENGINE), "it answers preempt; a gateway asks for dispatch"),
+        (("victim_largest", *ENGINE), "it answers preempt; a policy for dispatch is needed"),
         (("lmetric", "--engines", "nonsense"), "engines = 'nonsense'"),
         (("lmetric", *ENGINE, "--profile", "no_such_profile"), "no_such_profile"),
         (("lmetric", *ENGINE, "--fallback", "no_such_rule"), "no_such_rule"),
@@ -109,6 +110,37 @@ def test_a_bundle_decides_and_is_loaded_anew(bundle, exported, capsys):
     told = capsys.readouterr().err
     assert told.count('"reload_refused"') == 1
     assert told.count('"reloaded"') == 2
+
+
+def test_a_policy_for_other_questions_is_not_loaded_anew(bundle, exported, tmp_path, capsys):
+    async def test():
+        async with running(FakeEngine(), FakeEngine(), policy=str(bundle)) as (gateway, envoy):
+            decider = gateway.picker.decider
+            first = decider.policy
+            origin = Origin(policy="victims", task=Task("ServeGym/Preempt-v0", ("preempt",)))
+            export_bundle(network(), [observation(2, 2)], bundle, origin)
+            await gateway.reload()
+            assert decider.policy is first
+            assert (await envoy.post(STREAM)).status == 200
+            assert decider.counts["mismatch"] == 0
+
+    run(test)
+    assert "a policy for dispatch is needed" in capsys.readouterr().err
+
+
+def test_a_new_bundle_is_loaded_though_the_list_of_engines_is_not(bundle, exported, tmp_path, capsys):
+    async def test():
+        a, listed = FakeEngine(), tmp_path / "engines"
+        await a.start()
+        listed.write_text(a.url)
+        async with running(policy=str(bundle), engines=(), engines_file=str(listed)) as (gateway, _):
+            first = gateway.picker.decider.policy
+            listed.write_text("nonsense")
+            await gateway.reload()
+            assert gateway.picker.decider.policy is not first
+        await a.stop()
+
+    run(test)
 
 
 def test_engines_in_a_file_are_read_again(tmp_path, capsys):
@@ -176,6 +208,33 @@ def test_an_engine_that_comes_back_under_another_address_is_found(monkeypatch):
             assert (await envoy.post(STREAM, subset=[a.address])).body == TOKENS
         await a.stop()
         await b.stop()
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("servegym.runtime.gateway.serve.CHANGED_S", 0.1)
+    run(test)
+
+
+def test_a_name_that_does_not_resolve_holds_up_no_other(monkeypatch):
+    known, resolve = {"b.invalid": "127.0.0.1"}, socket.getaddrinfo
+
+    def look_up(host, *rest, **more):
+        if host.endswith(".invalid") and host not in known:
+            raise socket.gaierror(-2, "unknown")
+        return resolve(known.get(host, host), *rest, **more)
+
+    async def test():
+        a, b = await FakeEngine().start(), await FakeEngine().start()
+        urls = (f"http://a.invalid:{a.port}", f"http://b.invalid:{b.port}")
+        async with running(engines=urls) as (gateway, envoy):
+            assert (await envoy.post(STREAM)).picked == [b.address]
+            known["a.invalid"] = "127.0.0.1"
+            await until(lambda: used(gateway) == {a.address, b.address})
+            del known["a.invalid"]  # and where it was it still is
+            await b.stop()
+            await asyncio.sleep(0.5)
+            assert used(gateway) == {a.address, b.address}
+            assert (await envoy.post(STREAM)).served == a.address
+        await a.stop()
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr("servegym.runtime.gateway.serve.CHANGED_S", 0.1)
