@@ -53,8 +53,8 @@ class Decider:
         last_error: what the last mismatch was.
 
     Raises:
-        InputError: a bundle that is damaged, an unknown heuristic, a policy for other questions, or a budget
-            that is no time.
+        InputError: a bundle that is damaged, an unknown heuristic, a policy for other questions or one that
+            reads the future, or a budget that is no time.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class Decider:
         if self._needs not in (None, *policy.kinds):
             hint = f"it answers {', '.join(policy.kinds)}; a policy for {self._needs} is needed"
             raise InputError("decider", "policy", policy.name, hint)
+        if policy.needs_oracle:
+            raise InputError("decider", "policy", policy.name, "it reads the future, which nobody knows here")
         name = self._named_fallback
         if name is None:
             known = policy.manifest if isinstance(policy, BundlePolicy) else {}

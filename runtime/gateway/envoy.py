@@ -112,6 +112,7 @@ def _listener(settings: Settings) -> Config:
     return {
         "name": "clients",
         "address": _address(settings.host, settings.port),
+        "enable_reuse_port": False,  # or a second gateway would take a part of the requests
         "per_connection_buffer_limit_bytes": settings.max_body_bytes,
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
     }

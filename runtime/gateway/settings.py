@@ -108,7 +108,7 @@ class Settings:
             if getattr(self, name) > 65535:
                 raise InputError("gateway", name, getattr(self, name), "ports end at 65535")
         if bool(self.engines) == (self.engines_file is not None):
-            hint = "give URLs, or a file of them"
+            hint = "give URLs or a file of them, not both"
             raise InputError("gateway", "engines", list(self.engines), hint)
         if len(self.profile) not in (1, len(self.engines)):
             raise InputError("gateway", "profile", list(self.profile), "give one, or one an engine")

@@ -505,13 +505,13 @@ def test_envoy_s_end_ends_the_gateway():
     run(test)
 
 
-def test_a_taken_port_is_told():
+def test_a_taken_port_is_told_though_it_is_another_envoy_s():
     async def test():
-        a = await FakeEngine().start()
-        settings = replace(QUICK, engines=(a.url,), envoy=True, port=a.port)
-        with pytest.raises(InputError, match=f"port {a.port}"):
-            await Envoy.start(settings, dict.fromkeys(parse_endpoints(settings.engines), True))
-        await a.stop()
+        async with behind_envoy(FakeEngine()) as (gateway, _, _):
+            for port in (gateway.picker.books.engines[0].endpoint.port, gateway.settings.port):
+                settings = replace(gateway.settings, port=port)
+                with pytest.raises(InputError, match=f"port {port}"):
+                    await Envoy.start(settings, dict.fromkeys(parse_endpoints(settings.engines), True))
 
     run(test)
 

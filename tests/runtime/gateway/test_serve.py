@@ -50,7 +50,9 @@ def changed(folder: Path) -> None:
     [
         (("no_such_rule", *ENGINE), "name = 'no_such_rule'"),
         (("victim_largest", *ENGINE), "it answers preempt; a policy for dispatch is needed"),
+        (("least_work_oracle", *ENGINE), "it reads the future"),
         (("lmetric", "--engines", "nonsense"), "engines = 'nonsense'"),
+        (("lmetric", *ENGINE, "--engines-file", "engines"), "not both"),
         (("lmetric", *ENGINE, "--profile", "no_such_profile"), "no_such_profile"),
         (("lmetric", *ENGINE, "--fallback", "no_such_rule"), "no_such_rule"),
         (("lmetric", *ENGINE, "--budget-ms", "0"), "budget_ms = 0.0"),
@@ -248,6 +250,15 @@ def test_a_heuristic_is_reloaded_as_itself():
             assert (await envoy.post(STREAM)).status == 200
 
     run(test)
+
+
+def test_an_engine_that_is_down_from_the_start_is_told(capsys):
+    async def test():
+        async with running(FakeEngine(), engines=(f"http://127.0.0.1:{free_port()}",)) as (_, envoy):
+            assert (await envoy.post(STREAM)).status == 503
+
+    run(test)
+    assert capsys.readouterr().err.count('"engine_down"') == 1
 
 
 def test_sigterm_ends_the_program_with_0():
