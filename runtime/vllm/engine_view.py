@@ -22,7 +22,7 @@ class EngineView:
     """The view, and what it takes to keep it.
 
     Attributes:
-        view: a cluster of this engine alone; times on its clock start with it.
+        view: a cluster of this engine alone; its clock starts with it and is never set back.
     """
 
     def __init__(self, settings: InstanceSettings, longest_output: int) -> None:
@@ -30,15 +30,16 @@ class EngineView:
         self.view = ClusterView([self._instance], longest_output=longest_output)
         self._requests: dict[str, RequestView] = {}
         self._lengths = OutputLengths()
-        self._start, self._admissions, self._preempted = time.time(), 0, 0
+        self._start, self._admissions, self._preempted = time.monotonic(), 0, 0
 
     def arrived(self, request: Any) -> None:
         """A request reached the engine."""
         hints = getattr(request.sampling_params, "extra_args", None) or {}
         now = self.now()
+        age_s = time.time() - request.arrival_time  # by the clock that vLLM took the time from
         row = RequestView(
             key=request.request_id,
-            arrived_s=min(max(0.0, request.arrival_time - self._start), now),
+            arrived_s=min(max(0.0, now - age_s), now),
             prompt_tokens=max(1, request.num_prompt_tokens),
             predicted_tokens=self._lengths.predict(hints, request.max_tokens),
             priority=request.priority,
@@ -121,7 +122,7 @@ class EngineView:
 
     def now(self) -> float:
         """Seconds on the view's clock."""
-        return time.time() - self._start
+        return time.monotonic() - self._start
 
     def _catch_up(self, row: RequestView, request: Any) -> None:
         new = request.num_output_tokens - row.streamed_tokens

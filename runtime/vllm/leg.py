@@ -10,6 +10,8 @@ from typing import Any
 
 import aiohttp
 
+from servegym.runtime.vllm.pulse import PATIENT, Pulse
+
 PATH = "/v1/completions"
 WINDOW = 8  # tokens whose end tells whether a character is complete
 UNKNOWN = "\ufffd"  # for bytes that are no character
@@ -46,10 +48,10 @@ class EngineRefusedError(Exception):
 
 
 class Leg:
-    """An open stream of chunks."""
+    """An open stream of chunks from an engine with this pulse."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
+    def __init__(self, response: aiohttp.ClientResponse, pulse: Pulse) -> None:
+        self._response, self._pulse = response, pulse
         self._rest = b""
         self._first: list[dict[str, Any]] | None = None
 
@@ -65,14 +67,15 @@ class Leg:
         """The chunks that have come since, at least one; None behind the last.
 
         Raises:
-            EngineLostError: the stream broke off or tells of an error.
+            EngineLostError: the stream broke off or tells of an error, or the engine hangs.
         """
         if self._first:
             first, self._first = self._first, None
             return first
         while True:
             try:
-                data = await self._response.content.readany()
+                async with self._pulse.listening():
+                    data = await self._response.content.readany()
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 raise EngineLostError(f"stream broke off: {error!r}") from error
             if not data:
@@ -109,14 +112,22 @@ def _parse(event: bytes) -> dict[str, Any] | None:
 
 
 async def open_leg(
-    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    session: aiohttp.ClientSession,
+    url: str,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    pulse: Pulse,
 ) -> Leg:
-    """Send a request to an engine and wait until it begins to answer.
+    """Send a request to an engine and wait, for as long as that makes progress, until it begins to answer.
 
     Raises:
         EngineLostError, EngineRefusedError: it does not.
     """
-    return Leg(await _post(session, url + PATH, body, headers))
+    try:
+        async with pulse.listening():
+            return Leg(await _post(session, url + PATH, body, headers, timeout=PATIENT), pulse)
+    except TimeoutError as error:
+        raise EngineLostError(repr(error)) from error
 
 
 async def keep_kv(
@@ -174,10 +185,14 @@ async def count_partial(
 
 
 async def _post(
-    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    session: aiohttp.ClientSession,
+    url: str,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    **options: Any,
 ) -> aiohttp.ClientResponse:
     try:
-        response = await session.post(url, json=body, headers=headers)
+        response = await session.post(url, json=body, headers=headers, **options)
         if response.status == 200:
             return response
         async with response:

@@ -24,6 +24,7 @@ from servegym.runtime.view import ClusterView, InstanceView, RequestView
 from servegym.runtime.vllm.completion import Completion
 from servegym.runtime.vllm.hints import OutputLengths, service_level
 from servegym.runtime.vllm.leg import EngineLostError
+from servegym.runtime.vllm.pulse import Pulse
 from servegym.runtime.vllm.relay import Relay
 from servegym.runtime.vllm.tally import Tally
 
@@ -38,7 +39,7 @@ class Limits:
         period_s: between two occasions to migrate; 0: never.
         scrape_s: between two looks at /metrics.
         stale_s: age of the last look beyond which decisions are left to the fallback.
-        stall_s: without a byte from an engine, after which it counts as hung.
+        stall_s: without a byte for a request and without progress, after which an engine counts as hung.
         rest_s: for which a failed engine gets nothing new, at least.
         patience_s: for which an answer that has begun waits for an engine, where none is left.
         handoff_s: for which a server may let a hand-off of KV wait, before the KV is computed again.
@@ -57,7 +58,7 @@ class Migrator:
     """The books and the decisions; a `servegym.runtime.vllm.relay.Desk`.
 
     Attributes:
-        urls: of the servers, as the instances of `view`.
+        urls, pulses: of the servers, as the instances of `view`.
         view: the cluster.
         relays: requests in flight by key.
         tally: what happened so far.
@@ -77,6 +78,7 @@ class Migrator:
         self.urls, self.session, self.handoff = list(urls), session, handoff
         self.view = ClusterView(list(instances), longest_output=longest_output)
         self.decider, self.limits = decider, limits or Limits()
+        self.pulses = [Pulse(self.limits.stall_s) for _ in self.urls]
         self.patience_s, self.handoff_s = self.limits.patience_s, self.limits.handoff_s
         self.tally = Tally(self)
         self.relays: dict[Hashable, Relay] = {}
@@ -221,10 +223,11 @@ class Migrator:
         """An engine's numbers came."""
         instance, now = self.view.instances[i], self._now()
         before = self._preemptions[i]
+        self.pulses[i].told(reading.generated)
         instance.scraped_at_s = now
         instance.seen_running, instance.seen_waiting = reading.running, reading.waiting
         instance.seen_kv_usage = reading.kv_usage
-        instance.seen_preemptions = max(0.0, reading.preemptions - (before or reading.preemptions))
+        instance.seen_preemptions = 0.0 if before is None else max(0.0, reading.preemptions - before)
         self._preemptions[i] = reading.preemptions
         instance.available = now >= self._rests_until[i]
 

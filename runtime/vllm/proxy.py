@@ -24,6 +24,7 @@ from servegym.errors import InputError
 from servegym.runtime.vllm.completion import Completion, read_completion
 from servegym.runtime.vllm.leg import EngineLostError, EngineRefusedError
 from servegym.runtime.vllm.migrator import Migrator
+from servegym.runtime.vllm.pulse import PATIENT
 from servegym.runtime.vllm.relay import Relay
 from servegym.runtime.vllm.splice import Piece
 
@@ -166,17 +167,20 @@ async def _pass(http: web.Request, completion: Completion) -> web.StreamResponse
         while True:
             at = relay.request.instance
             try:
-                async with migrator.session.post(
-                    migrator.urls[at] + http.path,
-                    data=body,
-                    headers={**completion.headers, "Content-Type": "application/json"},
-                ) as answer:
-                    if answer.status != 429 and answer.status < 500:
-                        return await _copy(http, answer, migrator, relay)
-                    failed.add(at)
+                async with migrator.pulses[at].listening():
+                    answer = await migrator.session.post(
+                        migrator.urls[at] + http.path,
+                        data=body,
+                        headers={**completion.headers, "Content-Type": "application/json"},
+                        timeout=PATIENT,
+                    )
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 migrator.lost(at, EngineLostError(repr(error)))
-                failed.add(at)
+            else:
+                async with answer:
+                    if answer.status != 429 and answer.status < 500:
+                        return await _copy(http, answer, migrator, relay)
+            failed.add(at)
             if not migrator.place(relay, failed):
                 return _unavailable()
             migrator.note("recovered")
@@ -187,15 +191,20 @@ async def _copy(
 ) -> web.StreamResponse:
     response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
     await response.prepare(http)
-    try:
-        async for data in answer.content.iter_any():
-            migrator.streamed(relay, data.count(b"data: {"))
-            await response.write(data)
-    except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, TimeoutError) as error:
-        migrator.lost(relay.request.instance, EngineLostError(repr(error)))
-        if http.transport is not None:  # a cut-off body must not look complete
-            http.transport.abort()
-    return response
+    at = relay.request.instance
+    while True:
+        try:
+            async with migrator.pulses[at].listening():
+                data = await answer.content.readany()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            migrator.lost(at, EngineLostError(repr(error)))
+            if http.transport is not None:  # a cut-off body must not look complete
+                http.transport.abort()
+            return response
+        if not data:
+            return response
+        migrator.streamed(relay, data.count(b"data: {"))
+        await response.write(data)
 
 
 async def _models(http: web.Request) -> web.StreamResponse:

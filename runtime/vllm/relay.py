@@ -27,6 +27,7 @@ from servegym.runtime.vllm.leg import (
     keep_kv,
     open_leg,
 )
+from servegym.runtime.vllm.pulse import Pulse
 from servegym.runtime.vllm.splice import Piece, Splice
 
 POLL_S = 0.05
@@ -38,6 +39,7 @@ class Desk(Protocol):
     Attributes:
         session: to talk to engines with.
         urls: of the engines, by instance.
+        pulses: of the engines, by instance.
         handoff: whether KV is read from the engine that is left.
         handoff_s: for which the next engine, and before it the one that is left, may let a hand-off wait.
         patience_s: for which an answer that has begun waits for an engine.
@@ -45,6 +47,7 @@ class Desk(Protocol):
 
     session: aiohttp.ClientSession
     urls: list[str]
+    pulses: list[Pulse]
     handoff: bool
     handoff_s: float
     patience_s: float
@@ -139,18 +142,21 @@ class Relay:
                 return await asyncio.wait_for(self._open_with_kv(params), self._desk.handoff_s)
             except TimeoutError:  # this engine may well be able to compute what it cannot read
                 self._desk.note("handoff_failed")
-        return await open_leg(self._desk.session, self._url(), self._body(), self.completion.headers)
+        return await self._open_with(self._body())
 
     async def _open_with_kv(self, params: dict[str, Any]) -> Leg:
         """A leg that reads its prompt's KV elsewhere, and has begun to answer."""
-        body = {**self._body(), "kv_transfer_params": params}
-        leg = await open_leg(self._desk.session, self._url(), body, self.completion.headers)
+        leg = await self._open_with({**self._body(), "kv_transfer_params": params})
         try:
             await leg.begin()
         except BaseException:
             leg.close()
             raise
         return leg
+
+    async def _open_with(self, body: dict[str, Any]) -> Leg:
+        desk, at = self._desk, self.request.instance
+        return await open_leg(desk.session, desk.urls[at], body, self.completion.headers, desk.pulses[at])
 
     async def _settle(self) -> None:
         """Take back tokens whose text the last engine did not tell any more."""

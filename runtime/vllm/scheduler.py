@@ -9,7 +9,7 @@ next token of a running request finds no block. At that moment, and only then, t
 request that it names gets the largest priority until it is evicted, and its own back before it is queued
 again. A policy that answers `budget`, too, sets the most prompt tokens of an iteration (`prefill_cap`).
 Everything else is vLLM's. Where the policy does not answer, or rests because it was late, vLLM's own victim
-goes, and the cap stays.
+goes, and the cap stays. What goes wrong in this code never reaches vLLM, which then decides as if alone.
 
 `servegym.runtime.vllm.seams` lists what this relies on inside vLLM.
 """
@@ -36,6 +36,7 @@ from servegym.runtime.questions import Preempt, ask_preempt
 from servegym.runtime.view import ClusterView
 from servegym.runtime.vllm.config import SchedulerConfig, read_config
 from servegym.runtime.vllm.engine_view import EngineView
+from servegym.runtime.vllm.faults import Faults
 from servegym.runtime.vllm.order import ShortestFirst
 from servegym.runtime.vllm.prefill_cap import PrefillCap
 from servegym.runtime.vllm.seams import moved
@@ -74,18 +75,18 @@ class ServeGymScheduler(AsyncScheduler):
         kinds = self._decider.policy.kinds
         if "preempt" not in kinds:
             raise InputError(self._config.policy, "kinds", kinds, "choose a policy that answers preempt")
-        self._cap = PrefillCap(
-            self._engine, self._decider, self.max_num_scheduled_tokens, self._cap_period_s()
-        )
+        self._most_tokens = self.max_num_scheduled_tokens
+        self._cap = PrefillCap(self._engine, self._decider, self._most_tokens, self._cap_period_s())
         self.victims: deque[tuple[str, str]] = deque(maxlen=REMEMBERED)
         self.decision_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._faults = Faults()
         self._counts = {"decisions": 0, "followed": 0, "preemptions": 0}
         self._marked: tuple[Request, int] | None = None
         self._reported_at = time.monotonic()
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_or_choose  # type: ignore[method-assign]
         if self._config.order == "shortest":
-            self.waiting = ShortestFirst(self._engine.left_tokens)
+            self.waiting = ShortestFirst(self._left_tokens)
         logger.info(
             "ServeGym: %s chooses what gives way when KV memory is short (%d blocks of %d tokens), "
             "within %g us of CPU time; waiting requests by %s; costs of %s",
@@ -118,16 +119,22 @@ class ServeGymScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """As vLLM, with the victims and within the tokens that the policy chooses."""
-        running, waiting = self.get_request_counts()
-        self._engine.scrape(running, waiting, self.kv_cache_manager.usage)
-        self._cap.renew(self._look_at_all)
-        self.max_num_scheduled_tokens = self._cap.tokens(self.running)
+        self.max_num_scheduled_tokens = self._most_tokens
+        with self._faults.contained("schedule"):
+            self._prepare()
         try:
             return super().schedule(throttle_prefills)
         finally:
             self._unmark()
-            if self._config.report and time.monotonic() - self._reported_at > REPORT_S:
-                self._write_report()
+            if time.monotonic() - self._reported_at > REPORT_S:
+                self._report()
+
+    def _prepare(self) -> None:
+        """What precedes an iteration: the numbers that a router would know, and the cap."""
+        running, waiting = self.get_request_counts()
+        self._engine.scrape(running, waiting, self.kv_cache_manager.usage)
+        self._cap.renew(self._look_at_all)
+        self.max_num_scheduled_tokens = self._cap.tokens(self.running)
 
     def _allocate_or_choose(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """Blocks for a request; where a running one gets none, mark what gives way for it."""
@@ -135,7 +142,8 @@ class ServeGymScheduler(AsyncScheduler):
         if blocks is None and request.status == RequestStatus.RUNNING:
             self._unmark()
             if len(self.running) > 1:
-                self._choose()
+                with self._faults.contained("choose"):
+                    self._choose()
         return blocks
 
     def _choose(self) -> None:
@@ -165,48 +173,64 @@ class ServeGymScheduler(AsyncScheduler):
             request.priority, self._marked = priority, None
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
-        self._counts["preemptions"] += 1
-        if self._marked is not None and self._marked[0] is request:
+        is_chosen = self._marked is not None and self._marked[0] is request
+        if is_chosen:
             self._unmark()
+        with self._faults.contained("preempt"):
+            self._gives_way(request, is_chosen)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _gives_way(self, request: Request, is_chosen: bool) -> None:
+        """Write down who is about to be evicted."""
+        self._counts["preemptions"] += 1
+        if is_chosen:
             own = max([*self.running, request], key=lambda r: (r.priority, r.arrival_time))
             self.victims.append((request.request_id, own.request_id))
             self._counts["followed"] += 1
         self._engine.preempted(request)
-        super()._preempt_request(request, timestamp, drop_stale_output)
 
     def add_request(self, request: Request) -> None:
         """As vLLM."""
         if request.request_id not in self.requests:
-            self._engine.arrived(request)
+            with self._faults.contained("arrive"):
+                self._engine.arrived(request)
         super().add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        self._engine.finished(request, request.status in WHOLE)
+        with self._faults.contained("finish"):
+            self._engine.finished(request, request.status in WHOLE)
         return super()._free_request(request, delay_free_blocks)
+
+    def _left_tokens(self, request: Request) -> int:
+        """Predicted output tokens still to come, by which `ShortestFirst` orders."""
+        with self._faults.contained("order"):
+            return self._engine.left_tokens(request)
+        return request.max_tokens
 
     def shutdown(self) -> None:
         """As vLLM, with a last report."""
-        if self._config.report:
-            self._write_report()
+        self._report()
         super().shutdown()
 
     # --- numbers ------------------------------------------------------------------------------------------
 
     def numbers(self) -> dict[str, Any]:
-        """Counts since the start, answers by reason, and microseconds of the latest decisions."""
+        """Counts since the start, answers by reason, faults, and microseconds of the latest decisions."""
         p50, p99 = np.percentile(self.decision_s, [50, 99]) * 1e6 if self.decision_s else (None, None)
         return {
             **self._counts,
             "caps": self._cap.asked,
             "answers": dict(self._decider.counts),
+            "faults": dict(self._faults.counts),
             "decision_us": {"p50": p50, "p99": p99},
         }
 
-    def _write_report(self) -> None:
+    def _report(self) -> None:
+        """Log the numbers and write them, where the configuration says to what file."""
         self._reported_at = time.monotonic()
-        numbers = {"policy": self._config.policy, **self.numbers()}
-        logger.info("ServeGym: %s", json.dumps(numbers))
-        try:
-            Path(str(self._config.report)).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            logger.warning("ServeGym: no report: %s", error)
+        if self._config.report:
+            with self._faults.contained("report"):
+                numbers = {"policy": self._config.policy, **self.numbers()}
+                logger.info("ServeGym: %s", json.dumps(numbers))
+                text = json.dumps(numbers, indent=1) + "\n"
+                Path(self._config.report).write_text(text, encoding="utf-8")

@@ -21,10 +21,10 @@ from servegym.runtime.view import InstanceView
 from servegym.runtime.vllm.leg import EngineLostError
 from servegym.runtime.vllm.migrator import Limits, Migrator, scrape
 from servegym.runtime.vllm.proxy import make_app
+from servegym.runtime.vllm.pulse import CONNECT_S
 
 log = logging.getLogger("servegym.migrator")
 START_S = 60.0  # for which a server may still be starting
-CONNECT_S = 5.0  # a server that computes on all cores may take seconds to accept
 KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s; a request just then would find it dead
 
 
@@ -56,7 +56,8 @@ class Settings:
     """Age of the oldest scrape beyond which decisions are left to the fallback, and of its own beyond which
     an engine gets no requests."""
     stall_s: float = 60.0
-    """Seconds without a byte after which an engine counts as hung and its requests go on elsewhere."""
+    """Seconds for which a request hears nothing while its engine's count of generated tokens stands still,
+    after which the engine counts as hung and its requests go on elsewhere."""
     rest_s: float = 5.0
     """Seconds for which a failed engine gets no requests, at least."""
     patience_s: float = 10.0
@@ -94,6 +95,9 @@ def serve(settings: Settings, policy: str, fallback: str | None) -> int:
     parse_endpoints(settings.engines)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     decider = Decider(policy, fallback, settings.budget_ms * 1e-3)
+    if not {"dispatch", "migrate"} & set(decider.policy.kinds):
+        hint = f"it answers {', '.join(decider.policy.kinds)}; dispatch or migrate is needed"
+        raise InputError("migrator", "policy", policy, hint)
     web.run_app(
         _app(settings, decider),
         host=settings.host,
@@ -123,7 +127,7 @@ async def _app(settings: Settings, decider: Decider) -> web.Application:
 
 
 def open_session(stall_s: float) -> aiohttp.ClientSession:
-    """A client without limit of connections; it gives up after `stall_s` without a byte."""
+    """A client without limit of connections, whose requests wait `stall_s` for a byte, or as they say."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=stall_s)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
     return aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -151,15 +155,18 @@ async def make_migrator(
 async def _instance(
     session: aiohttp.ClientSession, settings: Settings, url: str, profile: str, wait_s: float
 ) -> InstanceView:
-    until = time.monotonic() + wait_s
+    until, is_told = time.monotonic() + wait_s, False
     while True:
         try:
             reading = await scrape(session, url)
             break
         except EngineLostError as error:
             if time.monotonic() > until:
-                hint = f"give the address of a running vLLM server ({error})"
+                hint = f"give the address of a running vLLM server ({error.__cause__})"
                 raise InputError("migrator", "engines", url, hint) from error
+            if not is_told:
+                is_told = True
+                log.info("waiting for %s, up to %g s", url, wait_s)
             await asyncio.sleep(0.5)
     spec = InstanceSpec(profile, max_seqs=settings.max_seqs, token_budget=settings.token_budget)
     if reading.blocks:

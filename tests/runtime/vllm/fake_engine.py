@@ -61,21 +61,28 @@ class FakeEngine:
     """One server.
 
     Attributes:
-        delay_s: between two chunks, which carry one to three tokens.
+        delay_s: of a step: a chunk of one to three tokens, or a token of an answer that is not streamed.
         max_seqs: requests at a time; others wait.
-        hangs: it accepts requests and never answers.
+        hangs: its core computes nothing any more, while it accepts requests and answers /metrics.
+        hangs_after: steps after which that begins.
         hangs_at: the same for those with this among their `kv_transfer_params`.
         refuses: status that it answers instead of serving.
         breaks_after: chunks after which every stream breaks off.
+        counts_tokens: whether /metrics tell of the engine's pace.
+        steps, generated: steps and tokens so far.
         served: prompts of the requests that it got; open: those that it is answering.
     """
 
     delay_s: float = 0.002
     max_seqs: int = 8
     hangs: bool = False
+    hangs_after: int | None = None
     hangs_at: str = ""
     refuses: int = 0
     breaks_after: int | None = None
+    counts_tokens: bool = True
+    steps: int = 0
+    generated: int = 0
     seed: int = 0
     served: list[list[int]] = field(default_factory=list)
     bodies: list[dict] = field(default_factory=list)
@@ -123,29 +130,40 @@ class FakeEngine:
         self.bodies.append(body)
         self.open[id(http)] = http
         try:
-            if self.hangs or self._hangs_at(body.get("kv_transfer_params")):
+            if self._hangs_at(body.get("kv_transfer_params")):
                 await asyncio.sleep(3600)
-            async with self._slots:
-                return await (
-                    self._stream(http, body, tokens) if body.get("stream") else self._whole(body, tokens)
-                )
+            return await (
+                self._stream(http, body, tokens) if body.get("stream") else self._whole(body, tokens)
+            )
         finally:
             del self.open[id(http)]
+
+    async def _step(self, tokens: int = 1) -> None:
+        if self.steps == self.hangs_after:
+            self.hangs = True
+        await asyncio.sleep(3600 if self.hangs else self.delay_s)
+        self.steps, self.generated = self.steps + 1, self.generated + tokens
 
     def _hangs_at(self, params: object) -> bool:
         return isinstance(params, dict) and bool(params.get(self.hangs_at))
 
     async def _stream(self, http: web.Request, body: dict, tokens: list[int]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(http)
+        await response.prepare(http)  # as vLLM: the head comes at once, even to those who wait
+        async with self._slots:
+            return await self._write(response, http, body, tokens)
+
+    async def _write(
+        self, response: web.StreamResponse, http: web.Request, body: dict, tokens: list[int]
+    ) -> web.StreamResponse:
         answer_ids = answer(tokens, body.get("max_tokens", 16), body.get("ignore_eos", False))
         at, chunks = 0, 0
         while at < len(answer_ids):
-            await asyncio.sleep(self.delay_s)
+            some = answer_ids[at : at + self._random.randint(1, 3)]
+            await self._step(len(some))
             if self.breaks_after is not None and chunks >= self.breaks_after:
                 http.transport.abort()
                 return response
-            some = answer_ids[at : at + self._random.randint(1, 3)]
             text = text_of(answer_ids[: at + len(some)])[len(text_of(answer_ids[:at])) :]
             choice = {"index": 0, "text": text, "finish_reason": None, "token_ids": some}
             if at == 0:
@@ -166,15 +184,25 @@ class FakeEngine:
             name = f"{self.url}/{len(self.kept)}"
             self.kept[name] = tokens
             params = {"do_remote_prefill": True, "remote_request_id": name}
-        choice = {"index": 0, "text": "", "finish_reason": "length"}
+        answer_ids = await self._compute(tokens, body)
+        choice = {"index": 0, "text": text_of(answer_ids), "finish_reason": "length"}
         return web.json_response({"model": "fake", "choices": [choice], "kv_transfer_params": params})
+
+    async def _compute(self, tokens: list[int], body: dict) -> list[int]:
+        answer_ids = answer(tokens, body.get("max_tokens", 16))
+        async with self._slots:
+            for _ in answer_ids:
+                await self._step()
+        return answer_ids
 
     async def _chat(self, http: web.Request) -> web.Response:
         body = await http.json()
         self.bodies.append(body)
         if self.refuses:
             return web.json_response({"error": {}}, status=self.refuses)
-        return web.json_response({"object": "chat.completion", "said": body["messages"][-1]["content"]})
+        said = body["messages"][-1]["content"]
+        await self._compute(tokenize(said), body)
+        return web.json_response({"object": "chat.completion", "said": said})
 
     async def _detokenize(self, http: web.Request) -> web.Response:
         tokens = (await http.json())["tokens"]
@@ -188,6 +216,11 @@ class FakeEngine:
 
     async def _metrics(self, http: web.Request) -> web.Response:
         running = min(len(self.open), self.max_seqs)
+        pace = (
+            'vllm:time_to_first_token_seconds_count{engine="0",model_name="fake"} 0.0\n'
+            f'vllm:generation_tokens_total{{engine="0",model_name="fake"}} {self.generated}.0\n'
+            'vllm:inter_token_latency_seconds_sum{engine="0",model_name="fake"} 0.0\n'
+        )
         return web.Response(
             text="# HELP vllm:num_requests_running x\n"
             f'vllm:num_requests_running{{engine="0",model_name="fake"}} {running}.0\n'
@@ -195,6 +228,7 @@ class FakeEngine:
             f'vllm:kv_cache_usage_perc{{engine="0",model_name="fake"}} {min(running / 16, 1)}\n'
             'vllm:num_preemptions_total{engine="0",model_name="fake"} 0.0\n'
             'vllm:cache_config_info{block_size="16",num_gpu_blocks="256",engine="0"} 1.0\n'
+            + (pace if self.counts_tokens else "")
         )
 
 

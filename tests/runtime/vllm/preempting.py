@@ -24,6 +24,7 @@ from servegym.runtime.vllm.scheduler import ServeGymScheduler
 
 REQUESTS, SOME, OUTPUT, BLOCKS = 108, 30, 40, 13
 BUDGET, LEAST_CAP = 1024, 64
+FAULTY = ["arrived", "finished", "preempted", "left_tokens", "scrape", "look"]
 
 
 class Recorder(ServeGymScheduler):
@@ -94,13 +95,29 @@ def play(model: str, profile: str, policies: list[str]) -> dict[str, Any]:
         Recorder.log.clear()
         tokens = answers(llm, slice(None))
         found["runs"][policy] = {"tokens": tokens, "log": list(Recorder.log), "numbers": scheduler.numbers()}
-    scheduler.waiting = ShortestFirst(scheduler._engine.left_tokens)
+    scheduler.waiting = ShortestFirst(scheduler._left_tokens)
     found["shortest"] = answers(llm, slice(0, SOME))
     scheduler._decider.reload(Composite("capped", preempt=VictimLargest(), budget=BudgetFixed(LEAST_CAP)))
     Recorder.steps.clear()
     tokens = answers(llm, slice(0, SOME))
     found["capped"] = {"tokens": tokens, "steps": Recorder.steps, "asked": scheduler.numbers()["caps"]}
+    found["broken"] = [play_broken(llm, names) for names in (["preempted"], FAULTY)]
     return found
+
+
+def play_broken(llm: LLM, names: list[str]) -> dict[str, Any]:
+    """With methods of the engine's view that raise."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+
+    def broken(*args: Any) -> Any:
+        raise OverflowError("math range error")
+
+    for name in names:
+        setattr(scheduler._engine, name, broken)
+    Recorder.log.clear()
+    scheduler._faults.counts.clear()
+    tokens = answers(llm, slice(0, SOME))
+    return {"tokens": tokens, "log": list(Recorder.log), "faults": scheduler.numbers()["faults"]}
 
 
 def play_stock(model: str) -> dict[str, Any]:

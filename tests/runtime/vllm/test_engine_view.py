@@ -6,6 +6,8 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from servegym.runtime.decider import Decider
 from servegym.runtime.fleet import InstanceSettings
 from servegym.runtime.questions import Preempt, ask_preempt
@@ -117,6 +119,26 @@ def test_scrapes_are_as_old_as_a_routers():
     instance = view.view.instances[0]
     assert (instance.seen_running, instance.seen_waiting, instance.seen_kv_usage) == (5, 2, 0.5)
     assert instance.seen_preemptions == 1
+
+
+def test_an_arrival_is_as_old_as_vllm_says():
+    view = engine()
+    view._start -= 100.0
+    for name, age_s, expected_s in (("old", 1e4, 0.0), ("young", 5.0, 95.0), ("unborn", -1e4, 100.0)):
+        view.arrived(request(name, arrival_time=time.time() - age_s))
+        row = view.view.instances[0].inflight[name]
+        assert row.arrived_s == pytest.approx(expected_s, abs=2.0) and row.arrived_s <= view.now()
+
+
+def test_a_clock_that_is_set_back_or_forth_disturbs_nothing(monkeypatch):
+    view, wall_s = engine(), time.time()
+    for name, set_s in (("a", 0.0), ("b", -3 * 3600.0), ("c", 9 * 3600.0), ("d", 0.0)):
+        waits = request(f"{name} before", arrival_time=time.time())  # as vLLM reads it
+        monkeypatch.setattr(time, "time", lambda set_s=set_s: wall_s + set_s)
+        for one in (waits, request(name)):
+            view.arrived(one)
+    rows = view.view.instances[0].inflight.values()
+    assert len(rows) == 8 and all(0 <= row.arrived_s <= view.now() < 60 for row in rows)
 
 
 def test_a_rule_chooses_from_it():

@@ -17,6 +17,9 @@ from aiohttp.test_utils import TestServer
 from servegym.agents.policy import Observation
 from servegym.errors import InputError
 from servegym.runtime.decider import Decider
+from servegym.runtime.fleet import InstanceSettings
+from servegym.runtime.gateway.readings import Reading
+from servegym.runtime.view import InstanceView
 from servegym.runtime.vllm.leg import count_partial
 from servegym.runtime.vllm.migrator import Migrator
 from servegym.runtime.vllm.proxy import make_app
@@ -178,14 +181,84 @@ def test_every_stream_breaks_off_all_the_time():
     run(case)
 
 
-def test_an_engine_that_hangs_is_left():
+STALL = {"policy": "round_robin", "stall_s": 0.4, "rest_s": 30.0}
+CHAT = {"messages": [{"role": "user", "content": "hey"}]}
+WHOLE = [("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "x", "seed": 3, "temperature": 1.0})]
+whole_answers = pytest.mark.parametrize(("path", "fields"), WHOLE)
+
+
+@whole_answers
+def test_a_whole_answer_may_take_many_times_the_stall(path, fields):
     async def case() -> None:
-        async with serving(FakeEngine(hangs=True), FakeEngine(), policy="round_robin", stall_s=0.2) as client:
-            for k in range(4):
-                _, ids, _ = await client.complete(prompt=[k], max_tokens=9, ignore_eos=True)
-                assert ids == answer([k], 9)
+        some = FakeEngine(delay_s=0.05), FakeEngine(delay_s=0.05)
+        async with serving(*some, **STALL) as client:
+            status, _ = await client.post({**fields, "max_tokens": 30}, path)
+            assert status == 200 and not client.migrator.tally.counts["lost"]
+        assert sum(len(engine.bodies) for engine in some) == 1 and some[0].generated + some[1].generated == 30
 
     run(case)
+
+
+def test_a_stream_may_wait_in_a_queue_for_many_times_the_stall():
+    async def case() -> None:
+        async with serving(engine := FakeEngine(max_seqs=1, delay_s=0.05), **STALL) as client:
+            first = asyncio.create_task(client.complete(prompt="a", max_tokens=60, ignore_eos=True))
+            while not engine.generated:
+                await asyncio.sleep(0.01)
+            _, ids, _ = await client.complete(prompt="b", max_tokens=5, ignore_eos=True)
+            assert first.done() and (await first)[1] == answer("a", 60) and ids == answer("b", 5)
+            assert not client.migrator.tally.counts["lost"] and len(engine.served) == 2
+
+    run(case)
+
+
+@pytest.mark.parametrize("flaws", [{"hangs": True}, {"counts_tokens": False, "delay_s": 1.0}])
+def test_an_engine_without_a_word_or_progress_is_left(flaws):
+    async def ask(path: str | None, fields: dict) -> None:
+        async with serving(FakeEngine(**flaws), FakeEngine(), **STALL) as client:
+            if path is None:
+                _, ids, _ = await client.complete(**fields)
+                assert ids == answer(fields["prompt"], fields["max_tokens"])
+            else:
+                assert (await client.post(fields, path))[0] == 200
+            counts = client.migrator.tally.counts
+            assert counts["lost"] == counts["recovered"] == 1, counts
+
+    async def case() -> None:
+        stream = {"prompt": "x", "max_tokens": 9, "ignore_eos": True}
+        await asyncio.gather(*(ask(*one) for one in [(None, stream), *WHOLE]))
+
+    run(case)
+
+
+def test_an_answer_goes_on_elsewhere_where_the_core_hangs_in_its_middle():
+    async def case() -> None:
+        async with serving(FakeEngine(hangs_after=5), FakeEngine(), **STALL) as client:
+            _, ids, _ = await client.complete(prompt="x", max_tokens=50, ignore_eos=True)
+            assert ids == answer("x", 50)
+            counts = client.migrator.tally.counts
+            assert counts["lost"] == counts["recovered"] == 1, counts
+
+    run(case)
+
+
+def test_what_may_not_move_breaks_off_where_the_core_hangs_in_its_middle():
+    async def case() -> None:
+        async with serving(FakeEngine(hangs_after=5), FakeEngine(), **STALL) as client:
+            with pytest.raises(aiohttp.ClientError):
+                await client.complete(prompt="x", max_tokens=50, seed=3, temperature=1.0)
+            assert client.migrator.tally.counts["lost"] == 1 and not client.migrator.relays
+
+    run(case)
+
+
+@pytest.mark.parametrize(("told", "seen"), [([0, 3, 5, 5, 1, 2], [0, 3, 2, 0, 0, 1]), ([7, 7, 9], [0, 0, 2])])
+def test_preemptions_are_those_since_the_last_look(told, seen):
+    instance = InstanceView(InstanceSettings.of("a100-llama-3.1-8b"))
+    migrator = Migrator(["http://a"], [instance], Decider("round_robin"), session=None)
+    for count, new in zip(told, seen, strict=True):
+        migrator.take(0, Reading(running=0, waiting=0, kv_usage=0, preemptions=count))
+        assert instance.seen_preemptions == new
 
 
 def test_kv_is_handed_off_where_the_servers_can():

@@ -103,9 +103,25 @@ def test_who_was_chosen_gives_way_and_keeps_its_priority(played, policy):
         assert gone["gone"] == asked["asked"]
         assert gone["priority_after"] == 0
     numbers = played["runs"][policy]["numbers"]
+    assert numbers["faults"] == {}
     assert numbers["answers"]["mismatch"] == numbers["answers"]["nan"] == 0
     assert numbers["answers"]["answered"] > numbers["answers"]["timeout"]
     assert 0 < numbers["decision_us"]["p50"] <= numbers["decision_us"]["p99"]
+
+
+def test_what_goes_wrong_in_our_code_stays_there(played):
+    some, every = played["broken"]
+    for run in (some, every):
+        assert run["tokens"] == played["quiet"][: len(run["tokens"])]
+        gone = [event for event in run["log"] if "gone" in event]
+        assert len(gone) > 5 and all(event["priority_after"] == 0 for event in gone)
+    asked = [(a, b) for a, b in itertools.pairwise(some["log"]) if "asked" in a]
+    assert asked and all(gone["gone"] == who["asked"] for who, gone in asked)
+    assert set(some["faults"]) == {"preempt: OverflowError"}
+    places = ("arrive", "schedule", "choose", "preempt", "order", "finish")
+    assert set(every["faults"]) == {f"{place}: OverflowError" for place in places}
+    assert not any("asked" in event for event in every["log"])
+    assert every["faults"]["arrive: OverflowError"] == every["faults"]["finish: OverflowError"] == 30
 
 
 def test_the_largest_goes_where_that_is_the_rule(played):

@@ -13,6 +13,7 @@ from servegym.cli import BAD_INPUT, main
 from servegym.runtime.vllm import serve
 from servegym.runtime.vllm.launch import free_ports
 from servegym.runtime.vllm.leg import EngineLostError, open_leg
+from servegym.runtime.vllm.pulse import Pulse
 from servegym.runtime.vllm.serve import open_session
 from tests.runtime.vllm.fake_engine import FakeEngine, answer, engines
 
@@ -47,6 +48,7 @@ def test_it_serves_until_a_signal():
         (["round_robin", "--engines", "http://127.0.0.1:1", "http://127.0.0.1:1"], "twice"),
         (["round_robin", "--engines", "http://127.0.0.1:1", "--stall-s", "0"], "stall_s = 0.0"),
         (["no_such_rule", "--engines", "http://127.0.0.1:1"], "no_such_rule"),
+        (["victim_last", "--engines", "http://127.0.0.1:1"], "dispatch or migrate is needed"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_exit_code_2(line, named, capsys):
@@ -72,7 +74,7 @@ def test_a_request_does_not_take_a_connection_that_the_server_is_about_to_drop(m
         port = server.sockets[0].getsockname()[1]
         async with server, open_session(5.0) as session:
             for _ in range(2):
-                leg = await open_leg(session, f"http://127.0.0.1:{port}", {"prompt": "x"}, {})
+                leg = await open_leg(session, f"http://127.0.0.1:{port}", {"prompt": "x"}, {}, Pulse(5.0))
                 with pytest.raises(EngineLostError, match="ended early"):
                     await leg.read()  # to the end, so that the connection is kept
                 await asyncio.sleep(0.2)
