@@ -199,6 +199,7 @@ class _Costs:
         self._knots: list[int] = tables.decode_knot[p].tolist()
         self._linear: list[int] = tables.linear[p].tolist()
         self._head: list[int] = tables.head[p].tolist()
+        self._chunked = int(tables.chunked[p])
         self._chunks: list[int] = tables.chunk_knot[p].tolist()
         self._pasts: list[int] = tables.past_knot[p].tolist()
         table, chunk, past = tables.prefill[p], tables.chunk_knot[p], tables.past_knot[p]
@@ -222,10 +223,11 @@ class _Costs:
         """All iterations of a prompt; full chunks cost as many at their mean past."""
         full = (uncached - 1) // budget
         rest = uncached - full * budget
-        ps = self._linear[rest] + self._head[1] + self.prefill_ps(rest, past + full * budget)
+        each = self._head[1] + self._chunked
+        ps = each + self._linear[rest] + self.prefill_ps(rest, past + full * budget)
         if full:
             attention = self.prefill_ps(budget, past + (full - 1) * budget // 2)
-            ps += full * (self._linear[budget] + self._head[1] + attention)
+            ps += full * (each + self._linear[budget] + attention)
         return ps
 
     def mixed_ps(self, n: int, context: int, chunk: int, past: int, sequences: int) -> int:
@@ -234,7 +236,7 @@ class _Costs:
         ps = self._linear[n + chunk] + self._head[sequences]
         base, slope = t.decode_base, t.decode_slope
         if chunk:
-            ps += self.prefill_ps(chunk, past) + int(t.mixed_launch[p]) * n * chunk
+            ps += self._chunked + self.prefill_ps(chunk, past) + int(t.mixed_launch[p]) * n * chunk
             base, slope = t.mixed_base, t.mixed_slope
         if n:
             j = bisect_right(self._knots, context // n) - 1

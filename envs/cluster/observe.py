@@ -331,12 +331,13 @@ def prefill_s(world, p, uncached, past, budget):
     Attention grows linearly with the past, so all full chunks together cost as many at their mean past.
     """
     tables = world.tables
+    each = tables.head[p, 1] + tables.chunked[p]
     full = (uncached - 1) // budget
     rest = uncached - full * budget
-    ps = tables.linear[p, rest] + tables.head[p, 1] + prefill_ps(tables, p, rest, past + full * budget)
+    ps = each + tables.linear[p, rest] + prefill_ps(tables, p, rest, past + full * budget)
     if full:
         attention = prefill_ps(tables, p, budget, past + (full - 1) * budget // 2)
-        ps += full * (tables.linear[p, budget] + tables.head[p, 1] + attention)
+        ps += full * (each + tables.linear[p, budget] + attention)
     return ps * SECOND
 
 

@@ -2,17 +2,19 @@
 
 An iteration computes one token for each of `n` decoding requests and any number of prefill chunks:
 
-    iteration = linear[tokens] + head[sequences] + attention
-    attention = decode(n, context) alone, or with prefill chunks
-                mixed(n, context) + launch * n * longest chunk + sum of prefill(chunk, past)
+    iteration = linear[tokens] + head[sequences] + rest
+    rest = decode(n, context) alone, or with prefill chunks
+           chunked + mixed(n, context) + launch * n * longest chunk + sum of prefill(chunk, past)
     decode(n, context) = base[n, j] + slope[n, j] * (context - n * knot[j]) + skew[n] * (top - context // n)
 
 `mixed` is of the form of `decode`: one kernel then serves prefill and decodes, it splits no context over the
 device, so that decodes cost up to twice as much, and it launches an empty thread block for each tile of the
-longest chunk and each decode. `context` is the sum of the KV lengths that the decodes read, `top` the longest
-of them, and j the segment of the mean context. As a stretch of decode-only iterations goes on, `context`
-grows by n a step and `top - context // n` stays, so the sum over k steps is a closed form per segment. All
-operands are int64: the closed form equals the sum of its steps to the bit on every machine.
+longest chunk and each decode. `chunked` counts once, however many chunks there are: an engine that replays
+CUDA graphs for decodes alone launches such an iteration kernel by kernel. `context` is the sum of the KV
+lengths that the decodes read, `top` the longest of them, and j the segment of the mean context. As a stretch
+of decode-only iterations goes on, `context` grows by n a step and `top - context // n` stays, so the sum over
+k steps is a closed form per segment. All operands are int64: the closed form equals the sum of its steps to
+the bit on every machine.
 """
 
 from __future__ import annotations
@@ -86,10 +88,10 @@ def iteration_ps(tables, p, n, context, top, tokens, sequences, prefill_attentio
     `tokens` counts decodes and chunk tokens, `sequences` decodes and chunks; `longest` is the longest chunk.
     """
     if tokens > n:
-        attention = prefill_attention + mixed_ps(tables, p, n, context, top, longest)
+        rest = tables.chunked[p] + prefill_attention + mixed_ps(tables, p, n, context, top, longest)
     else:
-        attention = decode_ps(tables, p, n, context, top)
-    return tables.linear[p, tokens] + tables.head[p, sequences] + attention
+        rest = decode_ps(tables, p, n, context, top)
+    return tables.linear[p, tokens] + tables.head[p, sequences] + rest
 
 
 @kernel

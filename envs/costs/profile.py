@@ -150,6 +150,8 @@ class Profile:
         decode_skew: microseconds per token by which the longest context exceeds the mean, by batch.
         mixed_attention, mixed_skew: the same for decodes in an iteration that also prefills; None: as alone.
         mixed_launch_us: microseconds per decode and token of the longest chunk of such an iteration.
+        chunked_us: microseconds that an iteration with prefill chunks takes beyond one without, whatever its
+            tokens: an engine that replays CUDA graphs for decodes alone launches such an iteration eagerly.
         swap: device to host and back. network: replica to replica. start: a cold engine, by stage.
     """
 
@@ -171,6 +173,7 @@ class Profile:
     mixed_attention: Surface | None = field(kw_only=True, default=None)
     mixed_skew: Curve | None = field(kw_only=True, default=None)
     mixed_launch_us: float = number(0.0, default=0.0)
+    chunked_us: float = number(0.0, default=0.0)
     swap: Link | None = field(kw_only=True, default=None)
     network: Link | None = field(kw_only=True, default=None)
     start: Start | None = field(kw_only=True, default=None)

@@ -36,7 +36,8 @@ class ReferenceCosts:
             return linear + head + self.decode_ps(p, decode_contexts)
         prefill = sum(self.prefill_ps(p, chunk, past) for chunk, past in chunks)
         longest = max(chunk for chunk, _ in chunks)
-        return linear + head + prefill + self.mixed_ps(p, decode_contexts, longest)
+        chunked = int(self.tables.chunked[p])
+        return linear + head + chunked + prefill + self.mixed_ps(p, decode_contexts, longest)
 
     def decode_ps(self, p: int, contexts: list[int]) -> int:
         """Attention of one new token for each context: by batch and mean context, plus the skew."""

@@ -28,6 +28,7 @@ class CostTables(NamedTuple):
         decode_skew: [P, S + 1] picoseconds per token by which the longest context exceeds the mean.
         mixed_base, mixed_slope, mixed_skew: the same for decodes in an iteration that prefills, too.
         mixed_launch: [P] picoseconds per decode and token of the longest chunk of such an iteration.
+        chunked: [P] picoseconds that an iteration with prefill chunks takes beyond one without.
         chunk_knot: [P, A] new tokens of a prefill chunk, rising from 0.
         past_knot: [P, B] tokens that the chunk attends to beside itself, rising from 0.
         prefill: [P, A, B] prefill attention.
@@ -43,6 +44,7 @@ class CostTables(NamedTuple):
     mixed_slope: np.ndarray
     mixed_skew: np.ndarray
     mixed_launch: np.ndarray
+    chunked: np.ndarray
     chunk_knot: np.ndarray
     past_knot: np.ndarray
     prefill: np.ndarray
@@ -106,6 +108,7 @@ def _tables(profile: Profile, max_tokens: int, max_sequences: int) -> dict[str, 
         "mixed_slope": mixed[1],
         "mixed_skew": mixed[2],
         "mixed_launch": _ps(profile.mixed_launch_us),
+        "chunked": _ps(profile.chunked_us),
         "chunk_knot": np.asarray(profile.prefill_attention.rows, dtype=np.int64),
         "past_knot": np.asarray(profile.prefill_attention.columns, dtype=np.int64),
         "prefill": _ps(prefill),

@@ -1,11 +1,14 @@
 """From times of whole iterations to a profile's tables: non-negative least squares on relative errors.
 
 The cost model is linear in its knots: an iteration is linear(tokens) + head(sequences) + attention, each an
-interpolation between knots. So the knots that explain measured iterations best solve a linear least-squares
-problem, whole iterations being what counts. Curves may only rise, and surfaces rise along both axes, the
-faster the farther out (attention is a product of its axes): the unknowns are the increments, all of them not
-negative. A weak penalty on the change of neighbouring slopes fills in what no measurement reaches. What only
-some shapes show, skew and the difference that a prefill makes to decodes, stays near 0 until several of them
+interpolation between knots, and a constant more where it has prompt chunks. So the knots that explain
+measured iterations best solve a linear least-squares problem, whole iterations being what counts. Curves may
+only rise, and surfaces rise along both axes, the faster the farther out (attention is a product of its axes):
+the unknowns are the increments, all of them not negative. Iterations of several chunks tell the constant from
+what each chunk costs.
+
+A weak penalty on the change of neighbouring slopes fills in what no measurement reaches. What only some
+shapes show, skew and the difference that a prefill makes to decodes, stays near 0 until several of them
 agree: it would explain the noise of a few, and the times of others would be wrong by up to half.
 """
 
@@ -18,7 +21,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from servegym.envs.costs import cost_tables
-from servegym.envs.costs.fitting import as_curve, as_surface, relative_error
+from servegym.envs.costs.fitting import as_curve, as_surface, relative_error, rounded
 from servegym.envs.costs.profile import Curve, Error, Profile, Surface
 from servegym.envs.costs.reference import ReferenceCosts
 from servegym.runtime.calibrate.shapes import KINDS, Axes, Shape
@@ -39,6 +42,7 @@ class Parts:
     decode_skew: Curve
     mixed_attention: Surface
     mixed_skew: Curve
+    chunked_us: float
 
 
 def fit(axes: Axes, shapes: Sequence[Shape], seconds: np.ndarray) -> Parts:
@@ -96,6 +100,7 @@ class _Tables:
             "decode_skew": (axes.sequences,),
             "mixed_attention": context,
             "mixed_skew": (axes.sequences,),
+            "chunked_us": ((1,),),  # one knot: a number
         }
         sizes = [int(np.prod([len(axis) for axis in knots])) for knots in self.shapes.values()]
         ends = np.cumsum([0, *sizes])
@@ -116,6 +121,7 @@ class _Tables:
         for new, past in shape.chunks:
             weights = np.outer(_hat(axes.chunks, new)[1:], _hat(axes.pasts, past))
             row[self.where["prefill_attention"]] += weights.ravel()
+        row[self.where["chunked_us"]] = 1.0 if shape.chunks else 0.0
         if shape.contexts:
             kind = "mixed" if shape.chunks else "decode"
             n, mean = len(shape.contexts), sum(shape.contexts) // len(shape.contexts)
@@ -138,11 +144,12 @@ class _Tables:
 
     def parts(self, knots: np.ndarray) -> Parts:
         """The vector as tables."""
-        found: dict[str, Curve | Surface] = {}
+        found: dict[str, Curve | Surface | float] = {}
         for name, axes in self.shapes.items():
             table = knots[self.where[name]].reshape([len(axis) for axis in axes])
             at = [np.asarray(axis) for axis in axes]
             found[name] = as_surface(at[0], at[1], table) if len(at) > 1 else as_curve(at[0], table)
+        (found["chunked_us"],) = rounded(knots[self.where["chunked_us"]])
         return Parts(**found)  # type: ignore[arg-type]
 
 

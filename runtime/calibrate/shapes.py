@@ -15,6 +15,7 @@ from servegym.errors import InputError
 
 LEAST_CONTEXT = 32  # shorter contexts cost the launch
 KINDS = ("decode", "prefill", "mixed")
+MOST_CHUNKS = 8  # of a random shape, where budget and sequences allow
 TRIES = 1000  # draws until a random shape fits; one in a few does
 
 
@@ -163,8 +164,7 @@ def _random(kind: str, limits: Limits, rng: np.random.Generator) -> Shape:
     for _ in range(TRIES):
         decodes = 0 if kind == "prefill" else _draw(1, limits.max_seqs, rng)
         contexts = _contexts(decodes, limits, rng)
-        budget = limits.token_budget - decodes
-        chunks = () if kind == "decode" or budget < 1 else _chunks(budget, limits, rng)
+        chunks = () if kind == "decode" else _chunks(decodes, limits, rng)
         shape = Shape(contexts, chunks)
         if shape.kind == kind and limits.fits(shape):
             return shape
@@ -181,11 +181,14 @@ def _contexts(n: int, limits: Limits, rng: np.random.Generator) -> tuple[int, ..
     return tuple(int(x) for x in np.rint(rng.uniform(mean - spread, mean + spread, n)))
 
 
-def _chunks(budget: int, limits: Limits, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
-    """One to three chunks; every other time they use up the budget, as they do under load."""
-    budget = min(budget, limits.max_context)
+def _chunks(decodes: int, limits: Limits, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
+    """Up to `MOST_CHUNKS` beside so many decodes; every other time they use up the budget, as under load."""
+    budget = min(limits.token_budget - decodes, limits.max_context)
+    most = min(limits.max_seqs - decodes, MOST_CHUNKS)
+    if most < 1:
+        return ()
     total = budget if rng.random() < 0.5 else _draw(1, budget, rng)
-    cuts = rng.integers(0, total, int(rng.integers(3)))
+    cuts = rng.integers(0, total, _draw(1, most, rng) - 1)
     sizes = np.diff([0, *np.sort(cuts), total])
     pasts = ((rng.random() < 0.5 and _draw(1, limits.max_context, rng)) or 0 for _ in sizes)
     chunks = (

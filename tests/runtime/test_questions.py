@@ -9,6 +9,7 @@ import pytest
 from servegym.envs.cluster.episode import make_episodes
 from servegym.envs.cluster.spec import Migration
 from servegym.envs.cluster.vector import ClusterVectorEnv
+from servegym.envs.costs import load_profile, save_profile
 from servegym.envs.scenario import Scenario, load_scenario
 from servegym.errors import InputError
 from servegym.runtime.questions import (
@@ -82,6 +83,14 @@ def test_every_question_of_an_episode_is_the_environments(name):
     scenario, decisions, kinds, steps = WALKS[name]
     asked = walk(scenario, decisions, steps)
     assert asked.keys() >= set(kinds), asked
+
+
+def test_estimates_hold_what_every_iteration_of_a_prompt_takes_more(tmp_path):
+    path = tmp_path / "eager.json"
+    save_profile(replace(load_profile("a100-llama-3.1-8b"), chunked_us=7000.0), path)
+    scenario = replace(load_scenario("mixed"), clusters=(f"2x{path}+1xl40s-llama-3.1-8b",))
+    asked = walk(scenario, None, 300)
+    assert asked.keys() >= {"dispatch", "migrate", "move", "budget"}, asked
 
 
 # --- a view alone -----------------------------------------------------------------------------------------

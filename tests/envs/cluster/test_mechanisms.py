@@ -132,6 +132,7 @@ def cases(draw) -> tuple[World, Answers]:
         for name, typical in typical_ms.items():
             setting[name] = round(rng.choice([0.0, typical, 10 * typical]) * MS)
         setting["overlap"] = rng.choice([0, 333, 1000])
+    world.tables.chunked[:] = rng.choice([0, 7 * MS])
     for setting in world.setting[0, 1:]:
         setting["drain"] = rng.choice([NEVER, NEVER, round(rng.random() * 500) * MS])
     raised = tuple(k for k in ("preempt", "migrate", "budget") if draw(st.sampled_from([True, True, False])))

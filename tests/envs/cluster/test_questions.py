@@ -65,7 +65,9 @@ def make_world(name: str, seed: int = 0) -> World:
     workload = make_requests(seed)
     rng = np.random.default_rng(seed)
     predicted = np.maximum(1, workload.output_tokens * rng.uniform(0.3, 2, len(workload))).astype(np.int32)
-    return build_world([Episode(workload, spec, predicted)], 2)
+    world = build_world([Episode(workload, spec, predicted)], 2)
+    world.tables.chunked[:] = (0, 5_000_000_000)  # the other profile launches iterations with chunks eagerly
+    return world
 
 
 def play(world: World, frame: Frame, seed: int = 0):

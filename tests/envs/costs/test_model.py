@@ -50,6 +50,7 @@ def tables(draw):
         mixed_slope=mixed_slope,
         mixed_skew=mixed_skew,
         mixed_launch=rng.integers(0, scale, size=2),
+        chunked=rng.integers(0, scale, size=2),
         chunk_knot=chunk,
         past_knot=past,
         prefill=np.cumsum(np.cumsum(rng.integers(0, scale, size=(2, 4, 3)), axis=1), axis=2),
@@ -104,7 +105,7 @@ def test_steps_to_reach_is_the_first_that_is_enough(table, p, contexts, k, share
 def test_prefill_is_bilinear(chunk, past, expected):
     zero = np.zeros((1, 3), dtype=np.int64)
     table = CostTables(
-        *[zero] * 10,
+        *[zero] * 11,
         chunk_knot=np.array([[0, 10]]),
         past_knot=np.array([[0, 40]]),
         prefill=np.array([[[0, 0], [100, 200]]]),

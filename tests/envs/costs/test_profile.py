@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,7 @@ def set_at(data, path, value):
         (["decode_skew", "us", 0], "fast", "decode_skew.us[0]"),
         (["mixed_attention", "columns", 1], 66, "mixed_attention.columns"),
         (["mixed_launch_us"], -0.1, "mixed_launch_us"),
+        (["chunked_us"], -0.1, "chunked_us"),
         (["swap", "bytes_per_second"], 0, "swap.bytes_per_second"),
         (["swap", "overlap"], 1.5, "swap.overlap"),
         (["network", "seconds_per_call"], -1, "network.seconds_per_call"),
@@ -139,6 +141,13 @@ def test_a_missing_field_is_named(document, field):
     with pytest.raises(InputError) as caught:
         load({key: value for key, value in data.items() if key != field})
     assert (caught.value.field, caught.value.hint) == (field, "missing")
+
+
+def test_a_profile_that_does_not_name_it_takes_nothing_more_for_chunks(document):
+    data, load = document
+    assert "chunked_us" not in data
+    assert load(data).chunked_us == 0
+    assert load(data | {"chunked_us": 7000}).chunked_us == 7000
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "\udcff"])
@@ -190,7 +199,7 @@ def test_tables_are_monotone(tables):
         surface = load_profile(name).prefill_attention
         prefill = tables.prefill[p, : len(surface.rows), : len(surface.columns)]
         assert all((np.diff(prefill, axis=axis) >= 0).all() for axis in (0, 1)), name
-    for name in ("decode_slope", "mixed_slope", "decode_skew", "mixed_skew", "mixed_launch"):
+    for name in ("decode_slope", "mixed_slope", "decode_skew", "mixed_skew", "mixed_launch", "chunked"):
         assert (getattr(tables, name) >= 0).all(), name
     assert all(array.dtype == np.int64 for array in tables)
 
@@ -225,6 +234,17 @@ def test_tables_hold_the_profile_in_picoseconds():
     row = profile.decode_attention.rows.index(8)
     expected = profile.decode_attention.us[row][j] * 1e6
     assert abs(table.decode_base[0, 8, j] - expected) <= 8 * 1024  # at most half a picosecond a token off
+
+
+@pytest.mark.parametrize("contexts", [[], [900] * 32])
+def test_an_iteration_with_chunks_takes_the_constant_once(contexts):
+    plain = load_profile(MIXED)
+    eager = replace(plain, chunked_us=7000.5)
+    costs, dearer = (ReferenceCosts(cost_tables([profile], 512, 64)) for profile in (plain, eager))
+    for chunks in ([(30, 0)], [(30, 0), (30, 64), (30, 0), (7, 5)]):
+        more = dearer.iteration_ps(0, contexts, chunks) - costs.iteration_ps(0, contexts, chunks)
+        assert more == 7_000_500_000
+    assert dearer.iteration_ps(0, [900] * 32, []) == costs.iteration_ps(0, [900] * 32, [])
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,7 @@
 """The design: shapes fit, are told apart by kind, and the held-out ones are new."""
 
+from dataclasses import replace
+
 import pytest
 
 from servegym.errors import InputError
@@ -30,6 +32,17 @@ def test_half_of_the_mixed_shapes_use_up_the_budget():
     mixed = [shape for shape in design(LIMITS, size=100).fitted if shape.kind == "mixed"]
     full = sum(shape.tokens == LIMITS.token_budget for shape in mixed)
     assert 0.3 < full / len(mixed) < 0.8
+
+
+def test_prompts_come_in_up_to_eight_chunks_where_there_are_seats():
+    found = design(LIMITS, size=60)
+    for part in (found.fitted, found.held_out):
+        for kind in ("prefill", "mixed"):
+            counts = [len(shape.chunks) for shape in part if shape.kind == kind]
+            assert 3 < max(counts) <= 8, kind
+            assert 1 in counts, kind
+    few = design(replace(LIMITS, max_seqs=2), size=60).fitted
+    assert {len(shape.chunks) for shape in few if shape.kind == "mixed"} == {1}
 
 
 def test_axes_cover_the_limits():
