@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from statistics import median
 
 import numpy as np
 
@@ -15,27 +14,26 @@ from servegym.envs.cluster.state import NEVER
 from servegym.envs.costs.fitting import as_curve, as_surface
 from servegym.envs.costs.profile import Device, Error, Geometry, Link, Profile, Provenance
 from servegym.runtime.calibrate.bench import EngineBench
+from servegym.runtime.calibrate.figures import figures
 from servegym.runtime.calibrate.fit import errors, fit, with_parts
-from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
-from servegym.runtime.calibrate.machine import Machine, host_bandwidth, memory_bandwidth
+from servegym.runtime.calibrate.links import Copies, fit_link, joined, measure_copies
+from servegym.runtime.calibrate.machine import Machine
 from servegym.runtime.calibrate.measure import beside, measure, typical
 from servegym.runtime.calibrate.shapes import Axes, Design, Limits, design
 from servegym.runtime.calibrate.start import start_of, warm_up_s, weights_s
-from servegym.runtime.calibrate.timing import decode_bandwidth, migration_downtime, time_swap, time_transfer
+from servegym.runtime.calibrate.timing import time_swap, time_transfer
 from servegym.runtime.engine.instance import Instance
 from servegym.runtime.engine.model import Transformer, geometry
-from servegym.runtime.steady import undisturbed
 
 MOST_COPIED = 8192  # tokens of the longest copy that is measured
-DOWNTIME_CONTEXTS = tuple(256 << k for k in range(6))  # 256 ... 8k, as in Llumnix, figure 10
-DOWNTIME_ROUNDS = 3
-SLACK = 64  # tokens that the migrated request generates
-DECODES, DECODE_CONTEXT = 64, 4096  # where decode attention is held to the memory bandwidth, if the KV fits
 
 _NOTES = (
     "fitted to medians of whole iterations: schedule, forward, sample, deliver",
     "decode and mixed attention also hold what else grows with their batch",
-    "swap latency is that of a copy of swap_group blocks, shared among the 2 x layers calls of the model",
+    "swap latency is that of one of the 2 x layers copies of a group of blocks; groups of one and of "
+    "swap_group blocks were measured",
+    "swap.overlap is not measured and stands as 0: on CUDA swaps out run beside the next iteration, in part",
+    "the bandwidth of decode attention is by the host's clock: where little is read, launches are most of it",
     "start: weights from the page cache, first iteration and CUDA graphs; no engine process is started",
 )
 
@@ -48,7 +46,7 @@ class Options:
         limits: what the engine can hold.
         rounds: times that every shape is measured.
         size: random shapes of each kind that are fitted; half as many are held out.
-        swap_group: KV blocks that a copy to host memory carries.
+        swap_group: KV blocks that a copy to host memory carries, beside copies of single ones.
         seed: of shapes, order and token ids.
     """
 
@@ -104,7 +102,10 @@ def calibrate(
     shapes = design(limits, size=options.size, seed=options.seed)
     progress("weights and warm-up")
     weights = weights_s(model)  # first: later there is no room on the device for them a second time
-    instances = [Instance(m, _setting(options), k) for k, m in enumerate((model, *neighbours))]
+    setting = _setting(options)
+    instances = [Instance(m, setting, k) for k, m in enumerate((model, *neighbours))]
+    # For copies between instances. Now: if there is no room for it, that should show before all the rest.
+    target = Instance(model, setting._replace(blocks=_most_copied(limits), host_blocks=0), number=-1)
     start = start_of(weights, warm_up_s(instances))
     benches = [EngineBench(instance, options.seed + k) for k, instance in enumerate(instances)]
     every = (*shapes.fitted, *shapes.held_out)
@@ -114,13 +115,11 @@ def calibrate(
     # What is left of every iteration must be positive, however disturbed the measurement of the overhead was.
     overhead_s = min(overhead_s, float(typical(seconds).min()) / 2)
     progress("copies")
-    setting = instances[0].setting._replace(blocks=_most_copied(limits), host_blocks=0)
-    target = Instance(model, setting, number=-1)
     copies, links, link_errors = _copies(instances[0], target, options)
     progress("bandwidth and migration")
-    figures = _figures(instances[0], options)
-    figures |= {"overhead, us": overhead_s * 1e6, "launch of a forward pass, us": launch_s * 1e6}
-    figures |= {
+    found, not_measured = figures(instances[0], limits)
+    found |= {"overhead, us": overhead_s * 1e6, "launch of a forward pass, us": launch_s * 1e6}
+    found |= {
         f"start: {field.removesuffix('_s').replace('_', ' ')}, s": value
         for field, value in vars(start).items()
         if value
@@ -132,9 +131,9 @@ def calibrate(
     parts = fit(shapes.axes, shapes.fitted, typical(seconds)[:count] - overhead_s)
     profile = with_parts(fixed, parts)
     held_out = errors(profile, shapes.held_out, typical(seconds)[count:]) | link_errors
-    notes = (*_NOTES, f"instances iterating at the same time: {len(instances)}", command)
+    notes = (*_NOTES, f"instances iterating at the same time: {len(instances)}", *not_measured, command)
     origin = replace(profile.provenance, held_out=held_out, notes=notes)
-    return Calibration(replace(profile, provenance=origin), shapes, seconds, copies, figures)
+    return Calibration(replace(profile, provenance=origin), shapes, seconds, copies, found)
 
 
 def measured_again(calibration: Calibration, seconds: np.ndarray) -> Profile:
@@ -205,43 +204,18 @@ def _copies(
     most = _most_copied(limits)
     sizes = sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
 
-    def taken(copy: Callable[[int], Sequence[float]], group: int) -> list[Copies]:
-        return measure_copies(copy, sizes, block_bytes, group, options.rounds, options.seed)
+    def taken(copy: Callable[[int, int], Sequence[float]], *groups: int) -> dict[int, list[Copies]]:
+        return measure_copies(copy, sizes, groups, block_bytes, options.rounds, options.seed)
 
-    found: dict[str, Copies] = {}
-    for group in sorted({1, options.swap_group}):
-        both_ways = taken(partial(time_swap, instance, group=group), group)
-        found |= {f"swap {way}, {group} a call": c for way, c in zip(("out", "in"), both_ways, strict=True)}
-    (found["to another instance"],) = taken(lambda n: (time_transfer(instance, target, n),), most)
-    both = [found[f"swap {way}, {options.swap_group} a call"] for way in ("out", "in")]
-    mean = replace(both[0], seconds=np.mean([copies.seconds for copies in both], axis=0))
-    swap, swap_error = fit_link(mean, 2 * config.layers)
+    swaps = taken(partial(time_swap, instance), *sorted({1, options.swap_group}))
+    found = {
+        f"swap {way}, {group} a call": copies
+        for group, both in swaps.items()
+        for way, copies in zip(("out", "in"), both, strict=True)
+    }
+    (found["to another instance"],) = taken(lambda n, _: (time_transfer(instance, target, n),), most)[most]
+    means = [replace(out, seconds=(out.seconds + back.seconds) / 2) for out, back in swaps.values()]
+    swap, swap_error = fit_link(joined(means), 2 * config.layers)
     network, network_error = fit_link(found["to another instance"])
     links, linked = {"swap": swap, "network": network}, {"swap": swap_error, "network": network_error}
     return found, links, linked
-
-
-def _figures(instance: Instance, options: Options) -> dict[str, float]:
-    """How near decode attention comes to the memory's bandwidth, and the downtime of migrations."""
-    limits, device = options.limits, instance.model.device.type
-    batch = min(DECODES, limits.kv_blocks)
-    context = min(DECODE_CONTEXT, limits.kv_blocks // batch * limits.block_tokens)
-    bandwidth = memory_bandwidth(device)
-    reached = decode_bandwidth(instance, batch, context).bytes_per_second
-    figures = {
-        "memory bandwidth, GB/s": bandwidth / 1e9,
-        f"decode attention, batch {batch}, context {context}, GB/s": reached / 1e9,
-        "share of the memory bandwidth, %": 100 * reached / bandwidth,
-    }
-    if device == "cuda":
-        for pinned, kind in ((True, "pinned"), (False, "pageable")):
-            figures[f"one copy from {kind} host memory, GB/s"] = host_bandwidth(pinned) / 1e9
-    contexts = [n for n in DOWNTIME_CONTEXTS if n <= min(limits.max_context, instance.most_tokens - SLACK)]
-    blocks = -(-(max(contexts, default=0) + SLACK) // limits.block_tokens)
-    setting = instance.setting._replace(blocks=blocks, host_blocks=0)
-    with undisturbed():
-        taken = migration_downtime(instance.model, setting, contexts * DOWNTIME_ROUNDS) if contexts else []
-    for context in contexts:
-        gap_s = median(found.gap_s for found in taken if found.context == context)
-        figures[f"downtime of a migration at {context} tokens, ms"] = 1e3 * gap_s
-    return figures

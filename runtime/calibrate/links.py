@@ -30,38 +30,49 @@ class Copies:
 
 
 def measure_copies(
-    copy: Callable[[int], Sequence[float]],
+    copy: Callable[[int, int], Sequence[float]],
     blocks: Sequence[int],
+    groups: Sequence[int],
     block_bytes: int,
-    group: int,
     rounds: int,
     seed: int = 0,
-) -> list[Copies]:
-    """Median times of copies of so many blocks, in random order, each way apart.
+) -> dict[int, list[Copies]]:
+    """Median times of copies of so many blocks, group -> each way; all in one random order.
 
     Args:
-        copy: copies that many blocks, one way after the other, and returns the seconds that each took.
+        copy: copies that many blocks in groups of so many, one way after the other, and returns the seconds
+            that each took.
         blocks: sizes to try.
+        groups: blocks that a call carries, to try.
         block_bytes: bytes of a block.
-        group: blocks that a call carries.
         rounds: times that each size is copied, after one that is forgotten.
         seed: of the order.
     """
     rng = np.random.default_rng(seed)
-    taken: list[list[Sequence[float]]] = [[] for _ in blocks]
+    trials = [(size, group) for group in groups for size in blocks]
+    taken: list[list[Sequence[float]]] = [[] for _ in trials]
     for _ in range(rounds + 1):
-        for i in rng.permutation(len(blocks)):
-            taken[i].append(copy(blocks[i]))
+        for i in rng.permutation(len(trials)):
+            taken[i].append(copy(*trials[i]))
     sizes = np.asarray(blocks, dtype=float)
-    seconds = np.median(np.array(taken)[:, 1:], axis=1)  # [sizes, ways]
-    return [Copies(np.ceil(sizes / group), sizes * block_bytes, way) for way in seconds.T]
+    medians = np.median(np.array(taken)[:, 1:], axis=1)  # [groups x sizes, ways]
+    return {
+        group: [Copies(np.ceil(sizes / group), sizes * block_bytes, way) for way in seconds.T]
+        for group, seconds in zip(groups, np.split(medians, len(groups)), strict=True)
+    }
+
+
+def joined(ways: Sequence[Copies]) -> Copies:
+    """All copies of some ways, which one link is to explain."""
+    columns = zip(*((way.calls, way.bytes, way.seconds) for way in ways), strict=True)
+    return Copies(*map(np.concatenate, columns))
 
 
 def fit_link(copies: Copies, calls_each: int = 1) -> tuple[Link, Error]:
     """Latency and bandwidth by least squares on relative errors, and the error on every other size.
 
     Args:
-        copies: sizes in rising order.
+        copies: sizes in rising order, of each way if there are several.
         calls_each: calls that the cost model counts where `copies` counts one: two a layer for swaps.
     """
     every_other = np.arange(len(copies.seconds)) % 2 == 1

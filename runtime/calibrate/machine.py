@@ -23,7 +23,6 @@ class Machine:
 
     device: Device
     software: str
-    threads: int
 
 
 def check_device(name: str) -> None:
@@ -44,8 +43,8 @@ def this_machine(device: str) -> Machine:
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         software += f", CUDA {torch.version.cuda}"
-        return Machine(Device(found.name, memory_bytes=found.total_memory), software, torch.get_num_threads())
-    return Machine(Device(_processor(), memory_bytes=_memory()), software, torch.get_num_threads())
+        return Machine(Device(found.name, memory_bytes=found.total_memory), software)
+    return Machine(Device(_processor(), memory_bytes=_memory()), software)
 
 
 def memory_bandwidth(device: str) -> float:

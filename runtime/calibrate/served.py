@@ -8,7 +8,7 @@ stages, with which a request gets one token a round of batches: such an engine l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -132,8 +132,8 @@ def served_design(limits: Limits, size: int, seed: int) -> Design:
         if not shape.chunks:
             return shape
         contexts = shape.contexts or (LEAST_CONTEXT,)
-        new, past = shape.chunks[0]
-        new = min(new, limits.token_budget - len(contexts))
+        past = shape.chunks[0][1]
+        new = min(sum(new for new, _ in shape.chunks), limits.token_budget - len(contexts))
         return Shape(contexts, ((new, past // limits.block_tokens * limits.block_tokens),))
 
     def has_room(shape: Shape) -> bool:
@@ -145,22 +145,34 @@ def served_design(limits: Limits, size: int, seed: int) -> Design:
     return Design(whole.axes, fitted, tuple(s for s in possible(whole.held_out) if s not in fitted))
 
 
-def check(bench: StreamBench, served: Served, limits: Limits) -> None:
-    """Refuse limits that are not those of the engine, as far as it shows them.
+def check(bench: StreamBench, served: Served, limits: Limits) -> list[str]:
+    """Refuse limits that are not those of the engine; returns what it could not be asked.
 
     Raises:
         InputError: naming the flag.
     """
-    # With a block or two for each of one request more than it may run, nothing but the limit makes one wait.
-    if limits.kv_blocks >= 2 * (limits.max_seqs + 1):
-        running = bench.most_at_once()
-        if running != limits.max_seqs:
-            hint = f"the engine runs {running} of {limits.max_seqs + 1} requests; give its --max-num-seqs"
-            raise InputError(served.url, "max_seqs", limits.max_seqs, hint)
-    # Beside a decode, a chunk of one token less than the budget is computed at once, twice that in two parts.
+    return [*_check_seqs(bench, served, limits), *_check_budget(bench, served, limits)]
+
+
+def _check_seqs(bench: StreamBench, served: Served, limits: Limits) -> Iterator[str]:
+    """With a block or two for each of one request more than it may run, only the limit makes one wait."""
+    if limits.kv_blocks < 2 * (limits.max_seqs + 1):
+        yield f"not checked: max_seqs; {limits.kv_blocks} KV blocks may hold fewer requests"
+        return
+    running = bench.most_at_once()
+    if running != limits.max_seqs:
+        hint = f"the engine runs {running} of {limits.max_seqs + 1} requests; give its --max-num-seqs"
+        raise InputError(served.url, "max_seqs", limits.max_seqs, hint)
+
+
+def _check_budget(bench: StreamBench, served: Served, limits: Limits) -> Iterator[str]:
+    """Beside a decode, one token less than the budget is computed at once, twice that in two parts."""
     one = limits.token_budget - 1
     for tokens, expected in ((one, 1), (2 * one, 2)):
-        found = bench.iterations(tokens) if tokens < served.max_tokens else expected
+        if tokens >= served.max_tokens:
+            yield f"not checked: token_budget by {tokens} tokens; the engine takes {served.max_tokens}"
+            continue
+        found = bench.iterations(tokens)
         if found != expected:
             hint = f"it computes {tokens} tokens in {found} parts; give its --max-num-batched-tokens"
             raise InputError(served.url, "token_budget", limits.token_budget, hint)
@@ -195,7 +207,7 @@ def calibrate_served(
     every = (*shapes.fitted, *shapes.held_out)
     with StreamBench(served.url, served.model, limits, vocabulary, options.seed) as bench:
         progress("limits")
-        check(bench, served, limits)
+        not_checked = check(bench, served, limits)
         seconds = measure(bench, every, rounds=options.rounds, seed=options.seed, progress=progress)
         first = median(bench.first_token() for _ in range(options.rounds))
         smallest = float(np.median(seconds[shapes.fitted.index(Shape((LEAST_CONTEXT,)))]))
@@ -208,7 +220,7 @@ def calibrate_served(
     origin = replace(
         profile.provenance,
         held_out=errors(profile, ran.held_out, typical(seconds)[len(fitted) :]),
-        notes=(*_NOTES, command),
+        notes=(*_NOTES, *not_checked, command),
     )
     figures = {
         "an iteration of one decode, ms": 1e3 * smallest,

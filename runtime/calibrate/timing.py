@@ -109,10 +109,10 @@ def migration_downtime(model: Transformer, setting: Setting, contexts: Sequence[
     """Migrate a decoding request of each context between two instances, which do nothing else."""
     lock = RLock()
     instances = [Instance(model, setting, number, lock=lock) for number in range(2)]
-    failures: list[BaseException] = []
-    copier = BlockCopier(instances, lock, failures.append)
     for instance in instances:
         instance.warm_up()
+    failures: list[BaseException] = []
+    copier = BlockCopier(instances, lock, failures.append)
 
     def serve(instance: Instance) -> None:
         try:
@@ -123,12 +123,13 @@ def migration_downtime(model: Transformer, setting: Setting, contexts: Sequence[
     threads = [Thread(target=serve, args=(instance,), daemon=True) for instance in instances]
     for thread in threads:
         thread.start()
-    found = [_migrate(instances, copier, context, failures) for context in contexts]
-    for instance, thread in zip(instances, threads, strict=True):
-        instance.stop()
-        thread.join()
-    copier.close()
-    return found
+    try:
+        return [_migrate(instances, copier, context, failures) for context in contexts]
+    finally:
+        for instance, thread in zip(instances, threads, strict=True):
+            instance.stop()
+            thread.join()
+        copier.close()
 
 
 def _migrate(

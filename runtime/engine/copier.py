@@ -81,14 +81,14 @@ class BlockCopier:
 @torch.inference_mode()
 def copy_blocks(source: Instance, target: Instance, blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Copy blocks of one instance to blocks of another: gathered, then scattered; returns when it is done."""
-    device, side = source.cache.device, source.copies
+    here, there, side = source.swap.halves, target.swap.halves, source.copies
     if side is None:  # on the CPU
-        for mine, theirs in zip(source.cache.flatten(0, 1), target.cache.flatten(0, 1), strict=True):
+        for mine, theirs in zip(here, there, strict=True):
             theirs.index_copy_(0, to, mine.index_select(0, blocks))
         return
-    if target.swap.gathered:  # the blocks may be those of a request that is still on its way out
-        side.wait_event(target.swap.gathered)
+    # A request may still be on its way out of these blocks, or into some that it has given up since.
+    if target.swap.settled:
+        side.wait_event(target.swap.settled)
     with torch.cuda.stream(side):
-        staged = source.swap.by_block[blocks.to(device)]
-        target.swap.by_block[to.to(device)] = staged
+        there.index_copy_(1, to.to(there.device), here.index_select(1, blocks.to(here.device)))
     side.synchronize()

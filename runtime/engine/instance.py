@@ -68,6 +68,8 @@ class Instance:
         self.on_done: Callable[[list[Request]], None] = lambda _: None
         self.idle: Callable[[], object] | None = None
         self._kicked = self._stopped = False
+        if self.stream:  # weights and the zeros of the KV were written on the thread's own stream
+            self.stream.wait_stream(torch.cuda.current_stream(model.device))
 
     @property
     def most_tokens(self) -> int:
@@ -103,6 +105,8 @@ class Instance:
         self.warm_thread()
         if self.stream:
             width = -(-self.most_tokens // self.setting.block_tokens)
+            # A graph that dies frees its stream's cuBLAS workspace (pytorch #193402): before others use it.
+            self.graphs = None
             with torch.cuda.stream(self.stream), torch.inference_mode():
                 self.graphs = DecodeGraphs(self.model, self.cache, self.setting.max_seqs, width)
         self.clear()
@@ -124,7 +128,7 @@ class Instance:
             if not plan:
                 return False
             with torch.inference_mode():
-                tokens = self.forward(plan)().argmax(-1).tolist()  # the likeliest, without sampling
+                tokens = self.forward(plan)().tolist()
         now = time.perf_counter()
         with self.changed:
             done = self.scheduler.complete(tokens, now)
@@ -149,13 +153,13 @@ class Instance:
             self.changed.notify()
 
     def forward(self, plan: Plan) -> Callable[[], torch.Tensor]:
-        """The forward pass of an iteration, ready to run: logits after each request's last token."""
+        """The forward pass of an iteration, ready to run: each request's next token."""
         decodes = [r for r, _ in plan if r.decoding]
         chunks = plan[len(decodes) :]
         batch = build_batch(decodes, chunks, self.setting.block_tokens, self.model.device)
         if self.graphs and not chunks:
             return partial(self.graphs.run, batch)
-        return partial(self.model.forward, batch, self.cache)
+        return partial(self.model.next_tokens, batch, self.cache)
 
     def _kick(self) -> None:
         self._kicked = True

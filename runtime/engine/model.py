@@ -83,7 +83,7 @@ class Transformer:
         weights: a folder of safetensors, or the seed of random weights.
 
     Raises:
-        InputError: an unknown dtype or device, or weights that do not fit the config.
+        InputError: an unknown dtype or device, what CUDA cannot run, or weights that do not fit the config.
     """
 
     def __init__(
@@ -95,6 +95,8 @@ class Transformer:
             raise InputError(config.name, "device", device, "choose cpu or cuda")
         if device != "cpu" and not torch.cuda.is_available():
             raise InputError(config.name, "device", device, "this torch sees no CUDA device")
+        if device != "cpu":
+            check_kernel(config, dtype)
         self.config, self.device, self.dtype = config, torch.device(device), DTYPES[dtype]
         # cuDNN would plan anew, for tens of ms, at every new size of a chunk. For the whole process: what
         # `sdpa_kernel` sets is not by thread, and each instance has its own.
@@ -136,10 +138,29 @@ class Transformer:
             x = x + linear(silu(gate) * up, layer["down"])
         return linear(rms_norm(x[batch.last], (c.hidden,), self.norm, c.norm_eps), self.head)
 
+    @torch.inference_mode()
+    def next_tokens(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
+        """The likeliest token after each request's last, int64 [S], without sampling."""
+        return self.forward(batch, cache).argmax(-1)
+
     def _normed(self, qk: torch.Tensor, layer: dict[str, torch.Tensor]) -> torch.Tensor:
         c = self.config
         q = rms_norm(qk[:, : c.heads], (c.head_dim,), layer["q_norm"], c.norm_eps)
         return torch.cat((q, rms_norm(qk[:, c.heads :], (c.head_dim,), layer["k_norm"], c.norm_eps)), 1)
+
+
+def check_kernel(c: ModelConfig, dtype: str) -> None:
+    """Refuse what decode attention on CUDA (`paged_decode`) cannot take.
+
+    Raises:
+        InputError: naming the head's size or the dtype.
+    """
+    if c.head_dim < 16 or c.head_dim & (c.head_dim - 1):
+        raise InputError(
+            c.name, "head_dim", c.head_dim, "must be a power of two from 16 on CUDA; use the CPU"
+        )
+    if dtype == "float64":
+        raise InputError(c.name, "dtype", dtype, "CUDA takes bfloat16 or float32; use the CPU")
 
 
 def by_column(weights: torch.Tensor) -> torch.Tensor:

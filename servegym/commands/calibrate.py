@@ -19,7 +19,7 @@ from servegym.runtime.calibrate.calibration import Options, calibrate
 from servegym.runtime.calibrate.machine import DTYPES, check_device, this_machine
 from servegym.runtime.calibrate.report import write
 from servegym.runtime.calibrate.shapes import Limits
-from servegym.runtime.engine.config import load_config
+from servegym.runtime.engine.config import ModelConfig, load_config
 from servegym.runtime.engine.model import Transformer, geometry
 
 # token budget, sequences, context, KV blocks; None: what fits into the device's memory.
@@ -52,7 +52,7 @@ class Command:
     max_seqs: int | None = None
     """Most requests of an iteration; 16 on the CPU, 256 on CUDA."""
     max_context: int | None = None
-    """Longest request in tokens; 1024 on the CPU, 8192 on CUDA."""
+    """Longest request in tokens; 1024 on the CPU, 8192 on CUDA, or what the model has positions for."""
     kv_blocks: int | None = None
     """Blocks of the KV pool; 1024 on the CPU, what fits on CUDA."""
     block_tokens: int = 16
@@ -63,8 +63,6 @@ class Command:
     """Random shapes of each kind to fit; half as many are held out."""
     rounds: int = 7
     """Times that each shape is measured."""
-    threads: int = 1
-    """CPU threads of an iteration."""
     seed: int = 0
     """Of shapes, order, weights and token ids."""
     output: Annotated[str | None, tyro.conf.arg(aliases=("-o",))] = None
@@ -74,17 +72,17 @@ class Command:
         """Measure, write, show."""
         check_device(self.device)
         check_seed("calibrate", self.seed)
-        for name in ("neighbours", "block_tokens", "swap_group", "size", "rounds", "threads"):
+        for name in ("neighbours", "block_tokens", "swap_group", "size", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError("calibrate", name, getattr(self, name), "must be at least 1")
         config = load_config(self.model)
         folder = Path(self.output or f"runs/calibrate/{self.device}-{config.name}")
         check_folder(str(folder))
-        self._limits(1)  # refuses what cannot be before gigabytes of weights are made
-        torch.set_num_threads(self.threads)
+        limits = self._limits(config, 1)  # refuses what cannot be before gigabytes of weights are made
+        torch.set_num_threads(1)  # as an engine has when it plays
         model = Transformer(config, self.device, self.dtype or DTYPES[self.device], self.seed)
         options = Options(
-            limits=self._limits(self._fitting(model)),
+            limits=self._limits(config, self._fitting(model, limits)),
             rounds=self.rounds,
             size=self.size,
             swap_group=self.swap_group,
@@ -102,9 +100,13 @@ class Command:
             )
         return finish(write(found, config.raw, folder))
 
-    def _limits(self, fitting: int) -> Limits:
+    def _limits(self, config: ModelConfig, fitting: int) -> Limits:
         budget, seqs, context, blocks = DEFAULTS[self.device]
-        context = context if self.max_context is None else self.max_context
+        context = min(context, config.positions) if self.max_context is None else self.max_context
+        if context > config.positions:
+            raise InputError(
+                "calibrate", "max_context", context, f"the model has {config.positions} positions"
+            )
         least = -(-context // self.block_tokens)
         return Limits(
             token_budget=budget if self.token_budget is None else self.token_budget,
@@ -114,14 +116,24 @@ class Command:
             block_tokens=self.block_tokens,
         )
 
-    def _fitting(self, model: Transformer) -> int:
+    def _fitting(self, model: Transformer, limits: Limits) -> int:
         """Blocks of each instance's pool that fit beside the weights; 1 on the CPU, which takes a default."""
         if self.device != "cuda":
             return 1
         free, _ = torch.cuda.mem_get_info()
-        itemsize = model.dtype.itemsize
-        block = geometry(model.config, itemsize).kv_bytes_per_token * self.block_tokens
-        return int(MEMORY_SHARE * free / block / self.neighbours)
+        return blocks_that_fit(free // self.neighbours, model.config, model.dtype.itemsize, limits)
+
+
+def blocks_that_fit(free: int, config: ModelConfig, itemsize: int, limits: Limits) -> int:
+    """KV blocks of an instance that has so many bytes for itself, beside what its CUDA graphs keep.
+
+    These are the block tables of the largest batch and its logits twice: of the capture, and of the pass
+    before it.
+    """
+    tables = -(-config.positions // limits.block_tokens) * 8
+    graphs = limits.max_seqs * (tables + 2 * config.vocabulary * itemsize)
+    block = geometry(config, itemsize).kv_bytes_per_token * limits.block_tokens
+    return int(MEMORY_SHARE * free - graphs) // block
 
 
 def finish(files: Sequence[Path]) -> int:

@@ -1,12 +1,17 @@
 """servegym calibrate and validate from end to end on a tiny model, and every bad input in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from servegym.cli import main
+from servegym.commands.calibrate import Command, blocks_that_fit
 from servegym.envs.costs import load_profile
 from servegym.files import command_line
+from servegym.runtime.calibrate.shapes import Limits
+from servegym.runtime.engine.config import load_config
 
 TINY = {
     "model_type": "llama",
@@ -56,12 +61,44 @@ def test_the_folder_holds_a_profile_with_provenance_and_all_parts(calibrated):
     origin = profile.provenance
     assert {"decode", "prefill", "mixed", "swap", "network"} <= set(origin.held_out)
     assert all(error.shapes > 0 for error in origin.held_out.values())
+    assert origin.held_out["swap"].shapes == 7  # every other of 1 ... 64 blocks, in groups of 1 and of 16
     assert "torch" in origin.software
     assert command_line() in origin.notes
     assert any("same time: 2" in note for note in origin.notes)
     assert profile.swap and profile.network and profile.start
     assert profile.overhead_us >= 0  # a difference of measured times
     assert json.loads((calibrated / "config.json").read_text()) == TINY
+
+
+def test_the_longest_request_has_no_more_tokens_than_the_model_has_positions(capsys, tmp_path):
+    path, config = tmp_path / "config.json", load_config("cpu-llama")
+    path.write_text(json.dumps({**TINY, "max_position_embeddings": 512}))
+    short = replace(config, positions=512)
+    assert Command(model=str(path))._limits(short, 1).max_context == 512
+    assert Command(model=str(path))._limits(config, 1).max_context == 1024
+    message = refused(capsys, "calibrate", "-m", str(path), "--max-context", "513")
+    assert "max_context = 513" in message and "512 positions" in message
+
+
+def test_a_pool_leaves_room_for_what_cuda_graphs_keep():
+    config, limits = load_config("llama-3.1-8b"), Limits(2048, 256, 8192, 512, 16)
+    fits = {n: blocks_that_fit(80 << 30, config, 2, replace(limits, max_seqs=n)) for n in (256, 1024)}
+    block = 2 * 32 * 8 * 128 * 2 * 16
+    kept = {n: n * (131_072 // 16 * 8 + 2 * 128_256 * 2) for n in fits}
+    for n, blocks in fits.items():
+        assert 0 <= 0.8 * (80 << 30) - kept[n] - blocks * block < block
+
+
+def test_a_figure_that_cannot_be_measured_costs_no_profile(config, tmp_path, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("servegym.runtime.calibrate.figures.memory_bandwidth", short)
+    quick = ("--size", "1", "--rounds", "1", "-o", str(tmp_path / "out"))
+    assert main(["calibrate", "-m", str(config), *LIMITS, *quick]) == 0
+    notes = load_profile(tmp_path / "out" / "profile.json").provenance.notes
+    (note,) = (note for note in notes if note.startswith("not measured"))
+    assert "out of memory" in note and note in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_measurements_hold_every_sample_and_the_report_every_figure(calibrated):
@@ -108,8 +145,6 @@ def test_validate_plays_the_trace_in_both_worlds(calibrated, tmp_path, capsys):
     ],
 )
 def test_calibrate_refuses_in_one_line(capsys, tmp_path, arguments, named):
-    import torch
-
     if arguments == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     assert named in refused(capsys, "calibrate", "-o", str(tmp_path / "out"), *arguments)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from servegym.runtime.calibrate.links import Copies, fit_link, measure_copies
+from servegym.runtime.calibrate.links import Copies, fit_link, joined, measure_copies
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 BLOCK, LATENCY, RATE = 1_000_000, 20e-6, 40e9
@@ -15,9 +15,13 @@ def known(blocks, group=1, noise=0.0, rng=None):
     return seconds * (np.exp(noise * rng.standard_normal()) if noise else 1.0)
 
 
+def measured(seconds, *groups, rounds=3):
+    return measure_copies(lambda n, group: [seconds(n, group)], SIZES, groups, BLOCK, rounds)
+
+
 @pytest.mark.parametrize("group", [1, 16])
 def test_a_known_link_is_found(group):
-    (copies,) = measure_copies(lambda n: [known(n, group)], SIZES, BLOCK, group, rounds=3)
+    (copies,) = measured(known, group)[group]
     link, error = fit_link(copies)
     if group == 1:  # calls and bytes rise alike: only their sum is known
         each = link.seconds_per_call + BLOCK / link.bytes_per_second
@@ -29,13 +33,20 @@ def test_a_known_link_is_found(group):
 
 
 def test_a_call_of_many_copies_is_shared_among_them():
-    (copies,) = measure_copies(lambda n: [known(n, 16)], SIZES, BLOCK, 16, rounds=3)
+    (copies,) = measured(known, 16)[16]
     assert fit_link(copies, calls_each=8)[0].seconds_per_call == pytest.approx(LATENCY / 8, rel=1e-3)
+
+
+def test_single_blocks_and_groups_are_explained_by_one_link():
+    link, error = fit_link(joined([copies for (copies,) in measured(known, 1, 16).values()]))
+    assert link.seconds_per_call == pytest.approx(LATENCY, rel=1e-3)
+    assert link.bytes_per_second == pytest.approx(RATE, rel=1e-3)
+    assert error.shapes == 8 and error.max_percent < 0.01
 
 
 def test_noise_shows_in_the_error_on_left_out_sizes():
     rng = np.random.default_rng(0)
-    (copies,) = measure_copies(lambda n: [known(n, 16, 0.1, rng)], SIZES, BLOCK, 16, rounds=9)
+    (copies,) = measured(lambda n, group: known(n, group, 0.1, rng), 16, rounds=9)[16]
     link, error = fit_link(copies)
     assert 0.1 < error.max_percent < 30
     assert link.bytes_per_second == pytest.approx(RATE, rel=0.2)
@@ -48,15 +59,20 @@ def test_a_link_whose_time_does_not_grow_has_a_finite_bandwidth():
     assert np.isfinite(link.bytes_per_second)
 
 
-def test_sizes_come_in_random_order_after_a_round_that_is_forgotten():
+def test_sizes_and_groups_come_in_random_order_after_a_round_that_is_forgotten():
     seen = []
+    trials = [(n, group) for group in (1, 4) for n in SIZES]
 
-    def copy(blocks):
-        seen.append(blocks)
-        return (100.0, 100.0) if len(seen) <= len(SIZES) else (float(blocks), 2.0 * blocks)
+    def copy(blocks, group):
+        seen.append((blocks, group))
+        return (100.0, 100.0) if len(seen) <= len(trials) else (float(blocks), 2.0 * blocks + group)
 
-    copies, back = measure_copies(copy, SIZES, BLOCK, 4, rounds=2)
-    assert copies.seconds.tolist() == [float(n) for n in SIZES]
-    assert back.seconds.tolist() == [2.0 * n for n in SIZES]
-    assert copies.calls.tolist() == [1, 1, 1, 2, 4, 8, 16, 32]
-    assert sorted(seen[:8]) == SIZES and seen[:8] != SIZES and seen[8:16] != seen[:8]
+    found = measure_copies(copy, SIZES, (1, 4), BLOCK, rounds=2)
+    for group, (out, back) in found.items():
+        assert out.seconds.tolist() == [float(n) for n in SIZES]
+        assert back.seconds.tolist() == [2.0 * n + group for n in SIZES]
+    assert found[4][0].calls.tolist() == [1, 1, 1, 2, 4, 8, 16, 32]
+    assert found[1][0].calls.tolist() == SIZES
+    first, second = seen[:16], seen[16:32]
+    assert sorted(first) == sorted(second) == sorted(trials)
+    assert first != second and {group for _, group in first[:8]} == {1, 4}

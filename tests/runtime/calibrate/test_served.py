@@ -16,7 +16,7 @@ from servegym.envs.costs import load_profile
 from servegym.errors import InputError
 from servegym.runtime.calibrate import streams
 from servegym.runtime.calibrate.fit import predict
-from servegym.runtime.calibrate.served import look, served_design
+from servegym.runtime.calibrate.served import check, look, served_design
 from servegym.runtime.calibrate.shapes import Limits, Shape
 from servegym.runtime.calibrate.streams import (
     SLACK,
@@ -248,6 +248,25 @@ def test_the_profile_knows_the_engine(config, tmp_path):
     report = (folder / "report.md").read_text()
     assert "front end" in report and "## Copies" not in report
     assert json.loads((folder / "config.json").read_text()) == json.loads(config.read_text())
+
+
+@pytest.mark.parametrize(
+    ("budget", "engine", "not_checked"),
+    [
+        (64, {}, []),
+        (100, {"max_model_len": 128}, ["token_budget by 198 tokens"]),
+        (64, {"blocks": 9}, ["max_seqs; 8 KV blocks"]),
+        (200, {"max_model_len": 128, "blocks": 9}, ["max_seqs", "by 199 tokens", "by 398 tokens"]),
+    ],
+)
+def test_limits_that_an_engine_cannot_be_asked_for_are_said(budget, engine, not_checked):
+    with serving(BatchingEngine(seconds, token_budget=budget, **engine)) as one:
+        served = asyncio.run(look(one.url))
+        limits = replace(LIMITS, token_budget=budget, max_context=64, kv_blocks=served.kv_blocks)
+        with StreamBench(one.url, "steady", limits, 1000) as found:
+            notes = check(found, served, limits)
+    assert len(notes) == len(not_checked)
+    assert all(part in note for part, note in zip(not_checked, notes, strict=True))
 
 
 @pytest.mark.parametrize(

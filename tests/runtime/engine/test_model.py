@@ -12,7 +12,7 @@ from servegym.errors import InputError
 from servegym.runtime.engine.batch import build_batch
 from servegym.runtime.engine.config import config_names, load_config
 from servegym.runtime.engine.memory import Memory, allocate_cache
-from servegym.runtime.engine.model import Transformer, geometry, parameters, rope_tables
+from servegym.runtime.engine.model import Transformer, check_kernel, geometry, parameters, rope_tables
 from servegym.runtime.engine.request import make_request
 
 LLAMA3 = {
@@ -214,6 +214,29 @@ def test_unknown_names_devices_and_dtypes_are_refused(write_config):
     for options in ({"dtype": "int4"}, {"device": "tpu"}):
         with pytest.raises(InputError):
             Transformer(config, **options)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "field"),
+    [(64, "bfloat16", None), (16, "float32", None), (96, "float32", "head_dim"), (8, "float32", "head_dim"),
+     (64, "float64", "dtype")],
+)  # fmt: skip
+def test_what_the_kernel_cannot_take_is_refused(write_config, head_dim, dtype, field):
+    config = load_config(write_config(head_dim=head_dim))
+    if field is None:
+        check_kernel(config, dtype)
+        return
+    with pytest.raises(InputError) as caught:
+        check_kernel(config, dtype)
+    assert caught.value.field == field
+
+
+def test_the_kernel_is_asked_before_weights_are_made_on_cuda_only(write_config, monkeypatch):
+    config = load_config(write_config(head_dim=24))
+    Transformer(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="head_dim"):
+        Transformer(config, "cuda")
 
 
 def test_shipped_configs_have_their_published_sizes():

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from servegym.runtime.engine.copier import BlockCopier
 from servegym.runtime.engine.instance import Instance
@@ -79,7 +80,7 @@ def test_over_100_preemptions(tiny, setting, expected, by_swap, group):
     def disturb():
         running = [r for r in instance.scheduler.running if r.decoding]
         if len(running) > 1 and rng.random() < 0.3:
-            with instance.lock:
+            with instance.lock, torch.cuda.stream(instance.stream):  # as within an iteration
                 instance.scheduler.preempt(running[rng.integers(len(running))], by_swap)
 
     rounds = 0
