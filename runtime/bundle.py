@@ -152,7 +152,13 @@ def sha256(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(path, "file", error.strerror, "the bundle is incomplete; export it again") from error
+        raise InputError(path, "file", error.strerror, _why_unread(error)) from error
+
+
+def _why_unread(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "not readable by this user"
+    return "the bundle is incomplete; export it again"
 
 
 def _check_hash(path: Path, expected: str) -> None:
@@ -167,9 +173,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         expected = (folder / f"{MANIFEST}.sha256").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            folder, f"{MANIFEST}.sha256", str(error), "the bundle is incomplete; export it again"
-        ) from error
+        raise InputError(folder, f"{MANIFEST}.sha256", str(error), _why_unread(error)) from error
     if expected != digest_line(found):
         raise InputError(
             path, "sha256", found, f"{MANIFEST}.sha256 says otherwise; the file was changed after export"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from servegym import __version__
 from servegym.agents.policy import Policy
@@ -22,6 +22,7 @@ from servegym.agents.task import Task
 from servegym.envs.cluster import schema
 from servegym.envs.cluster.decisions import kinds_of
 from servegym.errors import InputError
+from servegym.files import write_arrays
 from servegym.models import numpy_policy
 from servegym.models.dense import DenseNetwork
 from servegym.models.features import ARRAYS
@@ -109,10 +110,10 @@ def export_bundle(
 
 def _write(network: DenseNetwork, observations: Sequence[Arrays], draft: Path, origin: Origin) -> None:
     weights = {name: value.detach().cpu().numpy() for name, value in network.named_parameters()}
-    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, draft / WEIGHTS)
+    write_arrays(draft / WEIGHTS, {name: np.ascontiguousarray(value) for name, value in weights.items()})
     golden = [_golden(network, obs) for obs in observations]
-    save_file(
-        {f"{i}.{name}": a for i, group in enumerate(golden) for name, a in group.items()}, draft / GOLDEN
+    write_arrays(
+        draft / GOLDEN, {f"{i}.{name}": a for i, group in enumerate(golden) for name, a in group.items()}
     )
     stored = load_file(draft / WEIGHTS)
     for group in golden:
@@ -201,7 +202,6 @@ def _manifest(network: DenseNetwork, origin: Origin, measured_us: float) -> dict
 
 
 def _version(name: str) -> str | None:
-
     return __version__ if name == "servegym" else version(name)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol
 
-import tyro
-
 from servegym import __version__
 from servegym.errors import InputError
 
@@ -20,7 +18,7 @@ COMMANDS = {
     "export": "turn a checkpoint into a bundle that needs no torch",
     "calibrate": "measure the runtime here, or `calibrate engine` a vLLM server, and write a cost profile",
     "validate": "play a trace on real engines and in the model; measured beside predicted",
-    "gateway": "put a bundle in front of a list of engines, behind Envoy",
+    "gateway": "route requests to engines with a policy, through Envoy",
     "migrator": "move requests between running vLLM servers as a bundle decides",
     "predictor": "serve llm-d's latency predictor from a profile",
     "timeline": "play an episode and write it as a trace for ui.perfetto.dev",
@@ -65,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "servegym"):
             raise
-        return _refuse(f"{error.name} is missing: pip install 'servegym[{extra}]'")
+        wanted = f"'servegym[{EXTRAS[package]}]'" if package in EXTRAS else "servegym"
+        return _refuse(f"{error.name} is missing: pip install {wanted}")
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -97,9 +96,12 @@ def parse(arguments: Sequence[str]) -> Command:
         raise InputError("servegym", "command", name, f"choose one of {', '.join(COMMANDS)}")
     special = SPECIAL.get((name, arguments[1] if len(arguments) > 1 else ""))
     words = 2 if special else 1
+    import tyro  # late: where it is missing, `main` says so
+
     # Late: most commands need no torch.
     command = import_module(f"servegym.commands.{special or name}").Command
-    return tyro.cli(command, prog=f"servegym {' '.join(arguments[:words])}", args=arguments[words:])
+    prog = f"servegym {' '.join(arguments[:words])}"
+    return tyro.cli(command, prog=prog, args=arguments[words:], config=(tyro.conf.DisallowNone,))
 
 
 def _refuse(message: str) -> int:

@@ -7,10 +7,14 @@ import json
 import shlex
 import subprocess
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
+from safetensors.numpy import save_file
 
 import servegym
 from servegym.envs.cluster.spec import parse_cluster
@@ -19,12 +23,18 @@ from servegym.envs.scenario import Scenario
 from servegym.errors import InputError
 
 WIDTH = 160
+NAME_WIDTH = 25  # of tables: the longest name of a rule with the + behind it, or of a workload
 
 
 def console() -> Console:
     """Standard output; wide tables keep their width in files and pipes."""
     out = Console()
     return out if out.is_terminal else Console(width=WIDTH)
+
+
+def folded(name: str) -> str:
+    """The name of a system of several rules in lines for a table's column, parted behind a `+`."""
+    return "\n".join(textwrap.wrap(name.replace("+", "+ "), NAME_WIDTH)).replace("+ ", "+")
 
 
 def say(text: str) -> None:
@@ -59,6 +69,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write safetensors with the mode of any new file, so that a server of another user can read it.
+
+    `save_file` alone gives them 0600.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(arrays), path)
+    path.chmod(mode)
 
 
 def command_line() -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from servegym.envs.cluster.decisions import ENVIRONMENTS
+from servegym.envs.cluster.spec import parse_cluster
+from servegym.envs.costs import load_profile
 from servegym.envs.scenario import Scenario, load_scenario
 from servegym.errors import InputError
 
@@ -58,7 +60,7 @@ class Setup:
             overrides: fields of the scenarios that win over file and flags.
 
         Raises:
-            InputError: a bad scenario file, or a bad value.
+            InputError: a bad scenario file, a bad value, or a fleet of several models.
         """
         names = (
             "workload",
@@ -75,7 +77,26 @@ class Setup:
         if self.cluster:
             flags["clusters"] = tuple(self.cluster)
         chosen = self.scenario or (DEFAULT_SCENARIO,)
-        return [replace(load_scenario(name), **{**flags, **overrides}) for name in chosen]
+        scenarios = [replace(load_scenario(name), **{**flags, **overrides}) for name in chosen]
+        for fleet in dict.fromkeys(text for scenario in scenarios for text in scenario.clusters):
+            check_models(fleet)
+        return scenarios
+
+
+def check_models(fleet: str) -> None:
+    """Refuse a fleet whose instances serve different models: no request could go to any of them.
+
+    Models are told apart by their shapes: a calibrated profile has its own name for a model, and precisions
+    may differ.
+
+    Raises:
+        InputError: for that, for text that is no fleet, and for a profile that is not there.
+    """
+    models = [load_profile(instance.profile).model for instance in parse_cluster(fleet).instances]
+    shapes = {replace(model, name="", parameters=1, bytes_per_value=1): model.name for model in models}
+    if len(shapes) > 1:
+        names = " and ".join(shapes.values())
+        raise InputError("cluster", "fleet", fleet, f"a fleet serves one model, not {names}")
 
 
 def check_environment(command: str, env: str) -> None:

@@ -6,66 +6,96 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich import box
 from rich.table import Table as RichTable
 
 from servegym.envs.metrics import Interval
-from servegym.evaluation import Row, Table
+from servegym.evaluation import Table
+from servegym.files import folded
 
 _LATENCIES = (("TTFT", "ttft", 1.0, "s"), ("TPOT", "tpot", 1e3, "ms"), ("E2E", "e2e", 1.0, "s"))
+# Columns in the order in which a narrow terminal does without them.
+_DISPENSABLE = (
+    *("open", "cache\nhits %", "pre-\nempt"),
+    *(f"{label}\n{part} {unit}" for part in ("P50", "mean", "P99") for label, _, _, unit in _LATENCIES[::-1]),
+)
+_Columns: TypeAlias = dict[str, list[str]]  # cells by header
 
 
-def render(table: Table) -> RichTable:
-    """A rich table of at most 160 characters; `±` is the half-width of a 95% interval over the seeds."""
+def render(table: Table, width: int) -> RichTable:
+    """A rich table of the columns that `width` characters hold.
+
+    `±` is the half-width of a 95% interval over the seeds; a single seed has none.
+    """
+    columns = _columns(table)
+    for header in _DISPENSABLE:
+        if _width(columns) <= width:
+            break
+        del columns[header]
+    return _drawn(table, columns)
+
+
+def _drawn(table: Table, columns: _Columns) -> RichTable:
     best = table.best_heuristic
     seeds = len(best.samples["goodput"])
     setting = table.setting
     out = RichTable(
         title=f"{table.scenario}: {setting.cluster} at {table.rate_rps:.2f} requests/s "
-        f"({setting.load:.0%} of saturation), {seeds} seeds of {table.requests:,} requests",
+        f"({setting.load:.0%} of saturation), {seeds} seed{'s' * (seeds > 1)} of {table.requests:,} requests",
         caption=f"Δ: paired difference in goodput to {best.policy}, percentage points; * trained; "
         "† reads the future; preempt: preemptions per 1000 requests; open: unfinished requests; "
         "±: 95% intervals, of the other columns (P50, preemptions, cache hits, open) in results.json",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
+        show_edge=False,
         title_justify="left",
         caption_justify="left",
     )
-    out.add_column("policy", overflow="fold", max_width=24)  # systems of several rules have long names
-    for header in ("goodput %", "Δ best"):
-        out.add_column(header, justify="right", no_wrap=True)
-    for label, _, _, unit in _LATENCIES:
-        for statistic in ("mean", "P50", "P99"):
-            out.add_column(f"{label}\n{statistic} {unit}", justify="right", no_wrap=True)
-    for header in ("pre-\nempt", "cache\nhits %", "open"):
-        out.add_column(header, justify="right", no_wrap=True)
-    for row in table.rows:
-        out.add_row(*_cells(row, best), style="bold" if row.learned else None)
+    for header in columns:
+        out.add_column(header, justify="left" if header == "policy" else "right", no_wrap=True)
+    for row, *cells in zip(table.rows, *columns.values(), strict=True):
+        out.add_row(*cells, style="bold" if row.learned else None)
     return out
 
 
-def _cells(row: Row, best: Row) -> list[str]:
-    cells = [row.policy + "*" * row.learned + "†" * row.oracle, _percent(row.interval("goodput"))]
-    cells.append("" if row is best else _percent(row.against(best, "goodput"), sign="+"))
-    for _, name, factor, _ in _LATENCIES:
-        cells.append(_with_half_width(row.interval(f"{name}_mean_s"), factor))
-        cells.append(_short(row.interval(f"{name}_p50_s").mean * factor))
-        cells.append(_with_half_width(row.interval(f"{name}_p99_s"), factor))
-    cells.append(_short(row.interval("preemptions").mean * 1e3))
-    cells.append(f"{row.interval('cache_hits').mean * 100:.1f}")
-    cells.append(f"{row.interval('unfinished').mean:.0f}")
-    return cells
+def _width(columns: _Columns) -> int:
+    """Characters of a line: the longest of each column, and two between them."""
+    longest = (max(map(len, "\n".join((header, *cells)).split("\n"))) for header, cells in columns.items())
+    return sum(longest) + 2 * (len(columns) - 1)
+
+
+def _columns(table: Table) -> _Columns:
+    best, rows = table.best_heuristic, table.rows
+    columns = {
+        "policy": [folded(row.policy) + "*" * row.learned + "†" * row.oracle for row in rows],
+        "goodput %": [_percent(row.interval("goodput")) for row in rows],
+        "Δ best": ["" if row is best else _percent(row.against(best, "goodput"), "+") for row in rows],
+    }
+    for label, name, factor, unit in _LATENCIES:
+        for statistic, show in (("mean", _with_half_width), ("P50", _mean), ("P99", _with_half_width)):
+            metric = f"{name}_{statistic.lower()}_s"
+            columns[f"{label}\n{statistic} {unit}"] = [show(row.interval(metric), factor) for row in rows]
+    columns["pre-\nempt"] = [_mean(row.interval("preemptions"), 1e3) for row in rows]
+    columns["cache\nhits %"] = [f"{row.interval('cache_hits').mean * 100:.1f}" for row in rows]
+    columns["open"] = [f"{row.interval('unfinished').mean:.0f}" for row in rows]
+    return columns
+
+
+def _mean(value: Interval, factor: float) -> str:
+    return _short(value.mean * factor)
 
 
 def _with_half_width(value: Interval, factor: float) -> str:
-    return f"{_short(value.mean * factor)}±{_short(value.half_width * factor, 2)}"
+    mean = _mean(value, factor)
+    return mean if math.isnan(value.half_width) else f"{mean}±{_short(value.half_width * factor, 2)}"
 
 
 def _percent(value: Interval, sign: str = "") -> str:
-    return f"{value.mean * 100:{sign}.2f}±{value.half_width * 100:.2f}"
+    mean = f"{value.mean * 100:{sign}.2f}"
+    return mean if math.isnan(value.half_width) else f"{mean}±{value.half_width * 100:.2f}"
 
 
 def _short(value: float, digits: int = 3) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -191,4 +192,7 @@ def _line(row: Row, best: Row) -> str:
 
 
 def _interval(value: Interval, factor: float, form: str) -> str:
-    return f"{value.mean * factor:{form}} ± {value.half_width * factor:{form.lstrip('+')}}"
+    mean = f"{value.mean * factor:{form}}"
+    if math.isnan(value.half_width):  # of a single episode
+        return mean
+    return f"{mean} ± {value.half_width * factor:{form.lstrip('+')}}"

@@ -18,6 +18,13 @@ def test_every_package_is_listed():
     assert len(listed) == len(set(listed))
 
 
+def test_images_are_built_from_no_more_than_git_keeps():
+    """A copied environment is gigabytes, and a stale build folder old modules in the wheel."""
+    git, docker = ((ROOT / name).read_text().split() for name in (".gitignore", ".dockerignore"))
+    ignored = {pattern.removeprefix("**/") for pattern in docker}
+    assert {pattern.rstrip("/") for pattern in git} | {".git"} <= ignored
+
+
 def test_every_folder_with_code_is_a_package():
     for room in ROOMS:
         for file in (ROOT / room).rglob("*.py"):

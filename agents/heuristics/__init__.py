@@ -8,9 +8,11 @@ for example `lmetric+llumnix+budget_tpot`.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from servegym.agents.heuristics._rule import Rule
 from servegym.agents.heuristics.budget_fixed import BudgetFixed
@@ -163,10 +165,17 @@ def _parts(name: str) -> dict[str, type[Rule]]:
     chosen: dict[str, type[Rule]] = {}
     for part in name.split("+"):
         if part not in HEURISTICS and part not in SYSTEMS:
-            raise InputError("heuristics", "name", part, f"choose from {', '.join([*HEURISTICS, *SYSTEMS])}")
+            raise InputError("heuristics", "name", part, _why_unknown(part))
         rules = [HEURISTICS[rule] for rule in SYSTEMS.get(part, (part,))]
         answers = {kind: rule for rule in rules for kind in rule.kinds}
         if "+" in name and chosen.keys() >= answers.keys():
             raise InputError("heuristics", "name", part, f"in {name} nothing is left for it to answer")
         chosen = answers | chosen
     return {kind: chosen[kind] for kind in schema.KINDS if kind in chosen}
+
+
+def _why_unknown(name: str) -> str:
+    """Most commands take a policy's folder, too, so the name may be a mistyped path."""
+    what = "a folder, not a heuristic" if Path(name).is_dir() else "neither a folder nor a heuristic"
+    close = " or ".join(difflib.get_close_matches(name, [*HEURISTICS, *SYSTEMS]))
+    return f"{what}; {close and f'did you mean {close}? '}see `servegym heuristics`"

@@ -31,6 +31,7 @@ from servegym.agents.ppo.config import PPOConfig
 from servegym.agents.task import Task, read_task
 from servegym.envs.cluster.schema import schema_hash
 from servegym.errors import InputError
+from servegym.files import write_arrays
 from servegym.models.config import NetworkConfig, read_config
 from servegym.models.dense import DenseNetwork
 
@@ -115,9 +116,7 @@ def save_checkpoint(
     tensors = {POLICY: weights, OPTIMIZER: optimizer, TRAINER: trainer, ENV: env_state}
     for name, arrays in tensors.items():
         if arrays is not None:
-            safetensors.numpy.save_file(
-                {k: np.asarray(a, order="C") for k, a in arrays.items()}, fresh / name
-            )
+            write_arrays(fresh / name, {k: np.asarray(a, order="C") for k, a in arrays.items()})
     info = replace(info, sha256={path.name: _sha256(path) for path in sorted(fresh.iterdir())})
     for name, text in {**(extra or {}), CONFIG: json.dumps(asdict(info), indent=2) + "\n"}.items():
         (fresh / name).write_text(text, encoding="utf-8")
@@ -136,6 +135,8 @@ def read_info(folder: str | Path) -> CheckpointInfo:
     path = folder / CONFIG
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise InputError(path, "file", error.strerror, "not readable by this user") from error
     except OSError as error:
         raise InputError(path, "file", str(folder), "no checkpoint there") from error
     except ValueError as error:

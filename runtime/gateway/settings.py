@@ -168,8 +168,8 @@ def parse_endpoints(urls: Sequence[str], before: Iterable[Endpoint] = ()) -> lis
         if endpoint.address in taken:
             raise InputError("gateway", "engines", endpoint.url, f"{endpoint.address} is there twice")
         taken[endpoint.address] = endpoint
-    for url, endpoint in zip(urls, found, strict=True):
-        if endpoint is None and (old := last.get(url.rstrip("/"))):
+    for url, now in zip(urls, found, strict=True):
+        if now is None and (old := last.get(url.rstrip("/"))):
             taken.setdefault(old.address, old)
     if not taken:
         raise InputError("gateway", "engines", list(urls), "no name resolves")

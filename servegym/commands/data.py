@@ -10,7 +10,7 @@ import tyro
 from rich.table import Table
 
 from servegym.envs.workloads import Workload, catalogue, resolve
-from servegym.files import console
+from servegym.files import NAME_WIDTH, console
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 
@@ -49,7 +49,8 @@ class Command:
 
 def _listing() -> Table:
     table = Table(show_lines=True)
-    for header in ("workload", "what it is", "source", "licence", "how to get it"):
+    table.add_column("workload", overflow="fold", width=NAME_WIDTH)
+    for header in ("what it is", "source", "licence", "how to get it"):
         table.add_column(header, overflow="fold")
     for entry in catalogue():
         table.add_row(entry.name, entry.about, entry.source, entry.license, entry.get)

@@ -246,7 +246,7 @@ def _show(result: Result) -> None:
     out.print(_heading(result.scenario), highlight=False)
     for table in result.tables:
         out.print()
-        out.print(render(table))
+        out.print(render(table, out.width))
     out.print(_footnote(result.tuned, result.training), highlight=False, markup=False)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from servegym.agents.heuristics import describe, heuristic_names, make_heuristic
-from servegym.files import console
+from servegym.files import console, folded
 
 
 @dataclass
@@ -16,10 +16,13 @@ class Command:
 
     def run(self) -> int:
         """Print one row a heuristic; the text is its module's docstring."""
-        table = Table("heuristic", "answers", "rule and source", show_lines=True)
+        table = Table(show_lines=True)
+        table.add_column("heuristic", no_wrap=True)
+        table.add_column("answers")
+        table.add_column("rule and source")
         for name in heuristic_names():
             rule = make_heuristic(name)
             mark = "\n(reads the future)" if rule.needs_oracle else ""
-            table.add_row(name + mark, ", ".join(rule.kinds), describe(name))
+            table.add_row(folded(name) + mark, ", ".join(rule.kinds), describe(name))
         console().print(table)
         return 0

@@ -7,22 +7,27 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.table import Table
 
 from servegym.envs.costs import Profile, load_profile, profile_names, save_profile
 from servegym.envs.costs.build import build_from_kernels, build_from_run
+from servegym.errors import InputError
 from servegym.files import console
 
 
 @dataclass
 class List:
-    """List the shipped profiles."""
+    """List the shipped profiles; `profile show` says where one comes from."""
 
     def run(self) -> int:
         """Print one row a profile."""
-        table = Table(
-            "profile", "model", "device", "TP", "KV tokens", "token budget", "held-out error %", "source"
-        )
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for header in ("profile", "model"):
+            table.add_column(header, no_wrap=True)
+        table.add_column("device", overflow="fold")
+        for header in ("TP", "KV\ntokens", "token\nbudget", "held-out\nerror %"):
+            table.add_column(header, justify="right", no_wrap=True)
         for name in profile_names():
             p = load_profile(name)
             table.add_row(
@@ -33,7 +38,6 @@ class List:
                 f"{p.kv_tokens:,}",
                 str(p.token_budget),
                 _worst(p),
-                p.provenance.source,
             )
         console().print(table)
         return 0
@@ -88,6 +92,8 @@ class Build:
 
     def run(self) -> int:
         """Build it, write it, show it."""
+        if not Path(self.folder).is_dir():
+            raise InputError("profile", "folder", self.folder, "there is no such folder")
         name = Path(self.output).stem
         if self.system is None:
             profile = build_from_run(self.folder, name=name)
@@ -107,5 +113,6 @@ Command = (
 
 
 def _worst(profile: Profile) -> str:
+    """The median error of the part that the profile predicts worst."""
     errors = profile.provenance.held_out.values()
-    return f"{max(e.median_percent for e in errors):.1f} median" if errors else "-"
+    return f"{max(e.median_percent for e in errors):.1f}" if errors else "-"

@@ -21,6 +21,7 @@ from servegym.files import say, write_text
 from servegym.flags import Setup, check_seed
 from servegym.loading import load_agent
 
+DEFAULT_POLICY = "least_request"
 MOST_REQUESTS = 20_000  # some 60 MB, which is what a browser still opens
 
 
@@ -34,8 +35,8 @@ class Command(Setup):
 
     requests: int | None = 256
     """Requests of the episode; each takes about 3 kB of the file, and more on large fleets."""
-    policy: str = "least_request"
-    """Heuristic that decides (see `servegym heuristics`)."""
+    policy: str | None = None
+    """Heuristic that decides (see `servegym heuristics`); least_request by default."""
     trained_agent: Annotated[str | None, tyro.conf.arg(aliases=("-i",))] = None
     """Checkpoint or bundle folder of a policy that decides in its place."""
     seed: int = 0
@@ -48,12 +49,12 @@ class Command(Setup):
         check_seed("timeline", self.seed)
         if Path(self.output).is_dir():
             raise InputError("timeline", "output", self.output, "is a folder; give a file")
+        policy = self._policy()
         scenario, *others = self.resolve()
         if others:
             raise InputError("timeline", "scenario", self.scenario, "give one")
         if scenario.requests > MOST_REQUESTS:
             raise InputError("timeline", "requests", scenario.requests, f"at most {MOST_REQUESTS}")
-        policy = load_agent(self.trained_agent) if self.trained_agent else make_heuristic(self.policy)
         episode = make_episodes(scenario, 1, self.seed)[0]
         # A rule answers 0 to questions of other kinds, which then are on the picture, too; a network cannot.
         decisions, rules = roles(policy, scenario, [episode]) if self.trained_agent else (None, None)
@@ -67,6 +68,13 @@ class Command(Setup):
         say(f"{policy.name} on {episode.cluster.name}, {len(episode.workload)} requests: {self.output}")
         say("open it at https://ui.perfetto.dev")
         return 0
+
+    def _policy(self) -> Policy:
+        if self.trained_agent is None:
+            return make_heuristic(self.policy or DEFAULT_POLICY)
+        if self.policy is not None:
+            raise InputError("timeline", "policy", self.policy, "give a heuristic or an agent, not both")
+        return load_agent(self.trained_agent)
 
 
 def _alone(policy: Policy):

@@ -57,7 +57,8 @@ class Command(Setup):
     algo: str = "ppo"
     """ppo, or sb3-contrib's maskable_ppo with the same network (constant discount, cannot be resumed)."""
     n_timesteps: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 1_000_000
-    """Decisions that ppo trains on, over all lanes; 0 where --imitate or --lookahead-updates is all."""
+    """Decisions to train on, over all lanes, rounded up to whole roll-outs; 0 where --imitate or
+    --lookahead-updates is all."""
     loads: tuple[float, float] | None = None
     """Lowest and highest offered load, fractions of saturation; an episode draws one between them."""
     n_envs: int = 128
@@ -144,7 +145,8 @@ class Command(Setup):
         tables = final_tables(policy, scenarios, self.eval_episodes, self.num_threads)
         agent.save(folder, self._files(agent, scenarios, settings, tables), resumable=False)
         for table in tables:
-            console().print(render(table))
+            out = console()
+            out.print(render(table, out.width))
         say(f"checkpoint: {folder}")
         return 0
 
@@ -266,7 +268,7 @@ class Command(Setup):
         track = self.wandb_project_name if self.track else None
         if self.resume:
             resumed = PPO.resume(folder, env, logs, track, self.device)
-            say(f"resuming {folder} at {resumed.num_timesteps:,} of {self.n_timesteps:,} decisions")
+            say(f"resuming {folder} at {resumed.num_timesteps:,} of {self._decisions():,} decisions")
             return resumed
         config = self._config(env.beta)
         make = PPO if self.algo == "ppo" else _maskable()
@@ -277,10 +279,15 @@ class Command(Setup):
             agent.network.load_state_dict(start.state_dict())
         megabytes = sum(a.nbytes for a in env.observation_space.sample().values()) * config.n_steps / 1e6
         say(
-            f"{folder}: {self.n_timesteps:,} decisions in {self.n_envs} lanes, "
+            f"{folder}: {self._decisions():,} decisions in {self.n_envs} lanes, "
             f"{_parameters(agent):,} parameters, {megabytes:.0f} MB of roll-outs"
         )
         return agent
+
+    def _decisions(self) -> int:
+        """Decisions that will be trained on: roll-outs are not cut short."""
+        rollout = self.ppo.n_steps * self.n_envs
+        return -(-self.n_timesteps // rollout) * rollout
 
     def _config(self, beta: float) -> PPOConfig:
         return replace(self.ppo, beta=beta, num_threads=self.num_threads)

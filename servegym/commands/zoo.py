@@ -60,7 +60,8 @@ class Command:
             names = {table["best_heuristic"] for table in recorded}
         tables = final_tables(policy, scenarios, seeds, self.num_threads, names)
         for table in tables:
-            console().print(render(table))
+            out = console()
+            out.print(render(table, out.width))
         if len(tables) != len(recorded):
             yield f"{len(recorded)} tables on the card, {len(tables)} now"
             return

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -129,6 +131,25 @@ def test_a_missing_file_is_refused(bundle):
         with pytest.raises(InputError):
             load_bundle(bundle)
         file.write_bytes(good)
+
+
+@pytest.mark.parametrize("reader", ["read_bytes", "read_text"])  # the manifest's digest is text
+def test_a_file_of_another_user_is_refused_as_unreadable(bundle, monkeypatch, reader):
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, reader, forbidden)  # root reads all files, whatever their mode
+    with pytest.raises(InputError, match="not readable by this user"):
+        load_bundle(bundle)
+
+
+def test_files_have_the_mode_of_any_new_file(tmp_path):
+    before = os.umask(0o022)
+    try:
+        export_bundle(network(), [observation(2, 2)], tmp_path / "bundle", Origin("tiny"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "bundle").iterdir()} == {0o644}
 
 
 def unlisted(text: str) -> str:

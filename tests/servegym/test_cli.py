@@ -1,12 +1,18 @@
 import json
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from servegym.agents.heuristics import heuristic_names
 from servegym.cli import COMMANDS, main
+from servegym.envs.costs import profile_names
 from servegym.envs.scenario import load_scenario, scenario_names
+from servegym.envs.workloads import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +49,7 @@ def test_shims_are_the_console_script(name, capsys, monkeypatch):
         (["profile", "show", "no/such.json"], "no/such.json"),
         (["data", "no_such_workload"], "no_such_workload"),
         (["data", "no/such.parquet"], "no/such.parquet"),
+        (["profile", "build", "no/such", "--output", "x.json"], "'no/such': there is no such folder"),
     ],
 )
 def test_unknown_names_are_refused_in_one_line(arguments, told, refused):
@@ -64,6 +71,21 @@ def test_listings(capsys):
     assert "h100-llama-3.1-8b" in capsys.readouterr().out
     assert main(["profile", "show", "h100-llama-3.1-8b"]) == 0
     assert "held-out shapes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "joint", "names"),
+    [
+        ("heuristics", "heuristics", "+", "+".join(heuristic_names()).split("+")),
+        ("profile list", "profile", "", profile_names()),
+        ("data", "data", "", [entry.name for entry in catalogue() if entry.kind == "generator"]),
+    ],
+)
+def test_narrow_listings_never_cut_names(command, module, joint, names, monkeypatch, capsys):
+    monkeypatch.setattr(f"servegym.commands.{module}.console", lambda: Console(width=80))
+    assert main(command.split()) == 0
+    words = re.split(rf"[\s│{joint}]+", capsys.readouterr().out)
+    assert set(names) <= set(words)
 
 
 def test_scenarios_are_listed_with_what_they_are(capsys):
@@ -134,8 +156,31 @@ def test_failed_requests_of_a_trace_are_refused_or_dropped(tmp_path, refused, ca
     assert main([*play, "--zero-output", "drop"]) == 0
 
 
-def test_a_missing_extra_is_named_in_one_line(capsys, monkeypatch):
+@pytest.mark.parametrize(("package", "wanted"), [("aiohttp", "'servegym[gateway]'"), ("tyro", "servegym")])
+def test_a_missing_package_is_named_in_one_line(package, wanted, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "servegym.commands.predictor", raising=False)
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.setitem(sys.modules, package, None)
     assert main(["predictor", "h100-llama-3.1-8b"]) == 2
-    assert capsys.readouterr().err == "servegym: aiohttp is missing: pip install 'servegym[gateway]'\n"
+    assert capsys.readouterr().err == f"servegym: {package} is missing: pip install {wanted}\n"
+
+
+def test_the_command_line_itself_needs_nothing_but_python():
+    """Where packages are missing it says so, so it cannot need them."""
+    script = "import sys; sys.path.insert(0, {!r}); from servegym.cli import main; sys.exit(main(['train']))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script.format(str(ROOT))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith(" is missing: pip install servegym\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_shows_plain_values(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert "--workload STR" in shown
+    assert "{None}" not in shown

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from servegym.agents.heuristics import heuristic_names, make_heuristic
+from servegym.agents.task import Task
 from servegym.cli import main
 from servegym.commands.evaluate import Command
 from servegym.envs.metrics import METRICS
@@ -19,6 +20,7 @@ from servegym.evaluation import Row, Setting, Table, compare, episodes_of, load_
 from servegym.files import WIDTH
 from servegym.report import render
 from servegym.runtime.bundle import load_bundle
+from servegym.training import card
 
 FLEET = "1xa100-llama-3.1-8b+1xl40s-llama-3.1-8b"
 SCENARIO = Scenario(clusters=(FLEET,), requests=60)
@@ -79,7 +81,7 @@ def test_tables_fit_and_show_everything(table, factor):
 
     wide = replace(table, rows=tuple(map(larger, table.rows)))
     console = Console(width=WIDTH, record=True, file=io.StringIO())
-    console.print(render(wide))
+    console.print(render(wide, WIDTH))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "…" not in text
@@ -87,6 +89,40 @@ def test_tables_fit_and_show_everything(table, factor):
     assert text.count("±") >= 8 * len(table.rows)
     for header in ("goodput", "TTFT", "TPOT", "E2E", "P50", "P99", "hits", "open"):
         assert header in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_narrow_terminals_show_whole_names_and_fewer_columns(table, width):
+    name = "least_work_predicted+llumnix+victim_cost_aware+budget_tpot"
+    narrow = replace(table, rows=(replace(table.rows[0], policy=name), *table.rows[1:]))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render(narrow, width))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    starts = [line.split()[0] for line in text.splitlines() if line.strip()]
+    place = starts.index("least_work_predicted+")
+    parts = "".join(starts[place : place + 4]).rstrip("*†")
+    assert parts == name
+    for header in ("goodput", "Δ best", "TTFT", "TPOT", "P99"):
+        assert header in text
+    assert "hits" not in text.split("Δ:")[0]
+
+
+def test_one_seed_has_no_interval(table, tmp_path):
+    alone = replace(
+        table,
+        rows=tuple(replace(r, samples={k: v[:1] for k, v in r.samples.items()}) for r in table.rows),
+    )
+    console = Console(width=WIDTH, record=True, file=io.StringIO())
+    console.print(render(alone, WIDTH))
+    lines = [line for line in console.export_text().splitlines() if line.startswith("round_robin")]
+    assert len(lines) == 1
+    assert "±" not in lines[0]
+    assert "nan" not in lines[0]
+    facts = dict.fromkeys(("command", "revision", "seed", "decision_us", "instances"), "")
+    text = card("x", {**facts, "decisions": 1, "parameters": 1}, Task(), [SCENARIO], [alone])
+    assert "nan" not in text
 
 
 def test_evaluate_command(trained, bundle, tmp_path, capsys):
@@ -237,6 +273,7 @@ BAD = {
     "seeds": (["--seeds", "0"], "seeds = 0"),
     "profile": (["--cluster", "4xtpu"], "tpu"),
     "environment": (["--env", "CartPole-v1"], "CartPole-v1"),
+    "two models": (["--cluster", "1xa100-llama-3.1-8b+1xa10-llama-7b"], "Llama-3.1-8B and LLaMA-7B"),
 }
 
 

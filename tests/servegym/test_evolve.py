@@ -53,7 +53,7 @@ def test_evolved_rules_teach_networks_that_others_start_from(train_command, tmp_
         (["--generations", "-1"], "generations = -1"),
         (["--population", "6"], "multiple of 4"),
         (["--episodes", "0"], "episodes = 0"),
-        (["--system", "nobody"], "choose from"),
+        (["--system", "nobody"], "see `servegym heuristics`"),
         (["--params", "factor", "2"], "its parameters are"),
         (["-f", __file__], "is a file"),
     ],

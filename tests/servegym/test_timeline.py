@@ -21,8 +21,10 @@ def test_writes_a_trace(tmp_path, capsys):
     assert again.read_text() == path.read_text(), "the same seed writes the same file"
 
 
-def test_a_trained_agent_decides(tmp_path, bundle):
+def test_a_trained_agent_decides_and_no_heuristic_beside_it(tmp_path, bundle, refused):
     path = tmp_path / "trace.json"
+    assert "not both" in refused("timeline", "-i", str(bundle), "--policy", "llumnix", "-o", str(path))
+    assert not path.exists()
     assert main(["timeline", "-i", str(bundle), "--requests", "10", "-o", str(path)]) == 0
     assert sum(e["ph"] == "i" for e in json.loads(path.read_text())["traceEvents"]) == 10
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from servegym.agents.ppo import load_policy
+from servegym.agents.ppo import load_policy, read_info
 from servegym.cli import main
 from servegym.envs.cluster.schema import schema_hash
 from servegym.envs.costs.profile import profile_path
@@ -67,7 +67,7 @@ def test_a_stopped_run_resumes_where_it_was_and_ends_the_same(
     assert "n_envs = 8" in line
 
     assert main(train_command(tmp_path, "--resume")) == 0
-    assert "at 1,280 of 2,000 decisions" in capsys.readouterr().out
+    assert "at 1,280 of 2,048 decisions" in capsys.readouterr().out
     whole = weights(trained)
     assert all(np.array_equal(whole[name], array) for name, array in weights(folder).items())
 
@@ -130,6 +130,7 @@ BAD = {
     "algorithm": (["--algo", "dqn"], "maskable_ppo"),
     "seed": (["--seed", "2147483648"], "seed = 2147483648"),
     "decisions": (["-n", "-1"], "n_timesteps = -1"),
+    "teacher": (["--imitate", "lmetrik"], "neither a folder nor a heuristic; did you mean lmetric?"),
     "nothing to learn": (["-n", "0"], "--lookahead-updates"),
     "look-ahead": (["--lookahead-updates", "1", "--lookahead-width", "0"], "width = 0"),
     "look-ahead's rule": (["--lookahead-rules", "dispatch", "round_robin"], "round_robin"),
@@ -141,6 +142,14 @@ BAD = {
     "workload": (["--workload", "no_such"], "no_such"),
     "trace": (["--workload", "no/such.csv"], "no/such.csv"),
 }
+
+
+def test_the_decisions_of_whole_roll_outs_are_announced(train_command, tmp_path, capsys):
+    """Of 8 lanes and 32 steps; -n 100 is one of them."""
+    assert main(train_command(tmp_path, "-n", "100", "--eval-freq", "0", "--eval-episodes", "1")) == 0
+    assert ": 256 decisions in 8 lanes" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "Dispatch-v0" / "ppo-mixed-s0"
+    assert read_info(folder).steps == 256
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -67,6 +67,17 @@ def test_bad_names_and_parameters(name, params, field):
     assert error.value.field == field
 
 
+def test_an_unknown_name_may_be_a_path_or_a_slip(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    for name, told in (
+        ("runs/nope", "neither a folder nor a heuristic; see `servegym heuristics`"),
+        ("lmetric+llumnics", "did you mean llumnix?"),
+        (str(tmp_path / "bundle"), "a folder, not a heuristic"),
+    ):
+        with pytest.raises(InputError, match=told):
+            make_heuristic(name)
+
+
 @pytest.mark.parametrize("name", sorted(set(heuristic_names()) - {"default"}))
 def test_other_lanes_than_prepared_are_an_error(name, observe):
     rule = make_heuristic(name)

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+import servegym.files
 from servegym.agents.ppo import PPO, CheckpointCallback, PPOConfig, checkpoint, load_policy, read_info
 from servegym.agents.ppo.resume import optimizer_state, trainer_state
 from servegym.agents.task import Task
@@ -205,7 +208,7 @@ def test_refuses_to_replace_what_is_no_checkpoint(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("holder", "name", "calls"),
-    [(safetensors.numpy, "save_file", 4), (Path, "write_text", 1), (Path, "replace", 2)],
+    [(servegym.files, "save_file", 4), (Path, "write_text", 1), (Path, "replace", 2)],
 )
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(trained, folder, monkeypatch, holder, name, calls):
     """Die before each call of a function that writes; what stands there afterwards loads."""
@@ -225,6 +228,24 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(trained, folder, monkeyp
         load_policy(folder)
     trained[0].save(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_files_have_the_mode_of_any_new_file(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        trained[0].save(tmp_path / "checkpoint")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "checkpoint").iterdir()} == {0o640}
+
+
+def test_a_checkpoint_of_another_user_is_refused_as_unreadable(folder, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", forbidden)  # root reads all files, whatever their mode
+    with pytest.raises(InputError, match=r"config\.json: .*not readable by this user"):
+        load_policy(folder)
 
 
 def test_policy_refuses_observations_that_are_not_usable(trained, make_env):
