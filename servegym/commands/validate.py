@@ -17,7 +17,7 @@ from servegym.envs.cluster.episode import fleets_of
 from servegym.envs.scenario import Scenario, load_scenario
 from servegym.errors import InputError
 from servegym.files import check_folder, command_line, console, git_revision, say, trace_hashes, write_json
-from servegym.flags import check_seed
+from servegym.flags import check_models, check_seed
 from servegym.loading import load_agent
 from servegym.runtime.players import open_player
 from servegym.runtime.validate import FIGURES, RANKED, Validation, as_json, make_episode, validate
@@ -71,6 +71,7 @@ class Command:
                 raise InputError("validate", name, getattr(self, name), "must be at least 1")
         if not 0 < self.load < math.inf:
             raise InputError("validate", "load", self.load, "must be finite and > 0")
+        check_models(self.cluster)
         base = load_scenario(self.scenario) if self.scenario else Scenario()
         scenario = replace(base, clusters=(self.cluster,), workload=self.trace)
         (fleet,) = fleets_of(scenario)

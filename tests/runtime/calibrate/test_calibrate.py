@@ -176,6 +176,7 @@ def test_a_profile_of_another_model_is_refused(capsys, calibrated, tmp_path):
     [
         (("--runtime", "abacus"), "runtime"),
         (("--device", "tpu"), "device"),
+        (("--cluster", "1xa100-llama-3.1-8b+1xa10-llama-7b"), "one model"),
         (("--policies", "oracle_of_delphi"), "oracle_of_delphi"),
         (("--trace", "nowhere.csv"), "nowhere.csv"),
         (("--requests", "0"), "requests"),
