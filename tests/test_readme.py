@@ -129,13 +129,15 @@ def test_lines_are_short():
 
 
 @pytest.mark.parametrize(("name", "line"), INLINE)
-def test_commands_in_running_text_exist(name, line):
+def test_commands_in_running_text_exist(name, line, capsys):
     """Their first words are a command, and their flags are its own; values may be left out."""
     words = shlex.split(line)
     words = words[1:] if words[0] == "servegym" else [words[1].removesuffix(".py"), *words[2:]]
     with pytest.raises(SystemExit) as left:
         parse_command([*(word for word in words if word.isalpha()), "--help"])
     assert left.value.code == 0
+    told = capsys.readouterr().out
+    assert all(word.split("=")[0] in told for word in words if word.startswith("--"))
 
 
 # --- the gateway's, the migrator's and the scheduler's pages ----------------------------------------------

@@ -5,7 +5,7 @@ interpolation between knots, and a constant more where it has prompt chunks. So 
 measured iterations best solve a linear least-squares problem, whole iterations being what counts. Curves may
 only rise, and surfaces rise along both axes, the faster the farther out (attention is a product of its axes):
 the unknowns are the increments, all of them not negative. Iterations of several chunks tell the constant from
-what each chunk costs.
+what each chunk costs; without any it stays 0.
 
 A weak penalty on the change of neighbouring slopes fills in what no measurement reaches. What only some
 shapes show, skew and the difference that a prefill makes to decodes, stays near 0 until several of them
@@ -52,7 +52,7 @@ def fit(axes: Axes, shapes: Sequence[Shape], seconds: np.ndarray) -> Parts:
         axes: knots of the tables.
         shapes: iterations of all kinds, each with a time in `seconds`.
     """
-    tables = _Tables(axes)
+    tables = _Tables(axes, has_several=any(len(shape.chunks) > 1 for shape in shapes))
     measured = np.asarray(seconds) / US
     rows = np.stack([tables.row(shape) for shape in shapes]) @ tables.sums
     penalty = tables.penalty() / float(np.median(measured))
@@ -87,10 +87,13 @@ def with_parts(profile: Profile, parts: Parts) -> Profile:
 
 
 class _Tables:
-    """All knots in one vector, and how each iteration and each increment goes with them."""
+    """All knots in one vector, and how each iteration and each increment goes with them.
 
-    def __init__(self, axes: Axes) -> None:
-        self.axes = axes
+    `has_several`: some iterations have several chunks.
+    """
+
+    def __init__(self, axes: Axes, has_several: bool) -> None:
+        self.axes, self.has_several = axes, has_several
         context = (axes.sequences, axes.contexts)
         self.shapes = {
             "linear": (axes.tokens,),
@@ -121,7 +124,7 @@ class _Tables:
         for new, past in shape.chunks:
             weights = np.outer(_hat(axes.chunks, new)[1:], _hat(axes.pasts, past))
             row[self.where["prefill_attention"]] += weights.ravel()
-        row[self.where["chunked_us"]] = 1.0 if shape.chunks else 0.0
+        row[self.where["chunked_us"]] = 1.0 if shape.chunks and self.has_several else 0.0
         if shape.contexts:
             kind = "mixed" if shape.chunks else "decode"
             n, mean = len(shape.contexts), sum(shape.contexts) // len(shape.contexts)

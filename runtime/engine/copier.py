@@ -86,9 +86,11 @@ def copy_blocks(source: Instance, target: Instance, blocks: torch.Tensor, to: to
         for mine, theirs in zip(here, there, strict=True):
             theirs.index_copy_(0, to, mine.index_select(0, blocks))
         return
-    # A request may still be on its way out of these blocks, or into some that it has given up since.
-    if target.swap.settled:
-        side.wait_event(target.swap.settled)
+    # A request may still be on its way into the source's blocks, out of the target's, or into some that it
+    # has given up since.
+    for settled in (source.swap.settled, target.swap.settled):
+        if settled:
+            side.wait_event(settled)
     with torch.cuda.stream(side):
         there.index_copy_(1, to.to(there.device), here.index_select(1, blocks.to(here.device)))
     side.synchronize()

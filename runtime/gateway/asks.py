@@ -25,13 +25,9 @@ SESSION_HEADER = "x-session-id"
 SLO_HEADERS = {"ttft_s": "x-slo-ttft-ms", "tpot_s": "x-slo-tpot-ms"}
 PARSED_BYTES = 1 << 20  # larger bodies are not parsed, which would take more than some 10 ms
 MOST_TOKENS = 1 << 24
-NO_TEXT = (
-    "image_url",
-    "input_image",
-    "input_audio",
-    "file",
-    "video_url",
-)  # types of parts whose bytes are no tokens
+# Types of parts whose bytes are no tokens; in a prompt they are `MEDIUM` and a digest.
+NO_TEXT = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file")
+MEDIUM = b"\0"
 _STREAMS = re.compile(rb'"stream"\s*:\s*true')  # in a body that is not parsed
 
 
@@ -140,7 +136,8 @@ def _texts(value: object, depth: int = 0) -> Iterator[str]:
         yield value
     elif isinstance(value, dict) and value.get("type") in NO_TEXT and depth < 8:
         part = {key: item for key, item in value.items() if key != "type"}
-        yield _digest("".join(_texts(part, depth + 1)))  # other images are another prompt
+        # Other images are another prompt.
+        yield MEDIUM.decode() + _digest("".join(_texts(part, depth + 1)))
     elif isinstance(value, list | dict) and depth < 8:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item, depth + 1)

@@ -23,7 +23,7 @@ from itertools import count
 from servegym.envs.cluster.spec import InstanceSpec
 from servegym.errors import InputError
 from servegym.runtime.fleet import InstanceSettings
-from servegym.runtime.gateway.asks import Ask
+from servegym.runtime.gateway.asks import MEDIUM, Ask
 from servegym.runtime.gateway.lengths import Lengths
 from servegym.runtime.gateway.prefixes import PrefixIndex, byte_ids, token_ids
 from servegym.runtime.gateway.readings import Load, Reading
@@ -46,6 +46,7 @@ class Engine:
         failures: scrapes in a row without an answer.
         preemptions, decoded, decoding_s: as last read; see `Reading`.
         busy_s, steps: requests by the time that they were here since then, and their tokens by the profile.
+        is_known: it was found up, or down.
         is_told: a scrape could be read, so that its readings mean something.
         is_listed: the gateway is to use it.
         seen_s, predicted_s: time that its latest output tokens took, and by the profile; older ones fade.
@@ -56,6 +57,7 @@ class Engine:
     spec: InstanceSpec
     index: PrefixIndex
     failures: int = 0
+    is_known: bool = False
     is_told: bool = False
     is_listed: bool = True
     preemptions: float = 0.0
@@ -92,7 +94,7 @@ class Flight:
     Attributes:
         ask: what it asks for. request: what the view knows of it.
         order: engines in the order in which Envoy tries them.
-        prompt_bytes: of a prompt that is text; 0 of token ids.
+        prompt_bytes: of a prompt that is all text, else 0.
         knows_tokens: the ids of its prefix are those of token blocks.
         sent_s: when it was dispatched. first_s: of its first token, or when it is expected; None: unknown.
         has_begun: the head of its answer is here. is_watched: its body passes the picker.
@@ -186,7 +188,8 @@ class Books:
         self.view.now_s = now_s
         self.view.longest_output = max(self.view.longest_output, request.predicted_tokens)
         self.view.arrived(request)
-        size = len(ask.prompt) if isinstance(ask.prompt, bytes) else 0
+        is_text = isinstance(ask.prompt, bytes) and MEDIUM not in ask.prompt
+        size = len(ask.prompt) if is_text else 0
         ask.prompt = b""  # megabytes, which a flight need not hold
         return Flight(ask, request, [], prompt_bytes=size, knows_tokens=bool(ids))
 

@@ -11,8 +11,11 @@ off ends the client's stream, unfinished.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -37,6 +40,7 @@ from servegym.runtime.gateway.settings import Endpoint, Settings
 
 PICKER_TIMEOUT_S = 0.5  # for one answer of the picker; then Envoy goes on without it
 READY_S, STOP_S = 20.0, 5.0
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 UNLIMITED = 1 << 20  # connections and requests: the picker sheds, Envoy does not
 RETRY_ON = "connect-failure,refused-stream,reset,retriable-status-codes"
 RESELECTIONS = 8  # of hosts, where a choice was one that has failed
@@ -51,8 +55,8 @@ HOLD = (
 )
 
 ENGINES = "engines.json"  # in Envoy's folder
-# What is read of Envoy's statistics: requests that the picker did not see in time, requests in flight, and
-# bytes that clients have not taken.
+# What is read of Envoy's statistics: exchanges with the picker that it gave up, requests in flight, and bytes
+# that clients have not taken.
 PREFIX = "http.gateway."
 STATS = UNPICKED, ACTIVE, UNSENT = (
     "ext_proc.failure_mode_allowed",
@@ -302,7 +306,9 @@ class Envoy:
         arguments = ["-c", str(path), "--use-dynamic-base-id", "-l", "error"]
         arguments += ["--concurrency", str(settings.envoy_threads)]
         # Out of the terminal's reach, but no session: Linux would schedule it as one, apart from the picker.
-        process = await asyncio.create_subprocess_exec(str(binary), *arguments, process_group=0)
+        process = await asyncio.create_subprocess_exec(
+            str(binary), *arguments, process_group=0, preexec_fn=_end_with_parent
+        )
         envoy = cls(process, folder)
         try:
             await asyncio.wait_for(envoy._wait(), READY_S)
@@ -333,8 +339,8 @@ class Envoy:
     async def stats(self) -> dict[str, int]:
         """Numbers of its listener, those of `STATS`; empty where it does not answer."""
         _, text = await self.order("GET", f"/stats?filter={'|'.join(STATS)}")
-        lines = (line.removeprefix(PREFIX).split(": ") for line in text.splitlines())
-        return {name: int(number) for name, number in lines if name in STATS}
+        lines = (line.removeprefix(PREFIX).partition(": ") for line in text.splitlines())
+        return {name: int(number) for name, _, number in lines if name in STATS and number.isdecimal()}
 
     async def is_busy(self) -> bool:
         """Whether there are requests that it has not answered to the last byte."""
@@ -369,6 +375,12 @@ class Envoy:
                 self._process.kill()
                 await self._process.wait()
         self._folder.cleanup()
+
+
+def _end_with_parent() -> None:
+    """On Linux a gateway that is killed takes its Envoy along, which would keep the port from the next one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _write_engines(folder: Path, engines: Mapping[Endpoint, bool]) -> None:

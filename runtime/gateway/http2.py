@@ -9,13 +9,14 @@ both ways; header compression is hpack's. Each message is answered as it comes, 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from struct import Struct
 from typing import Protocol
 
 from hpack import Decoder, HPACKError
+
+from servegym.runtime.keep_alive import keep_alive
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
@@ -32,8 +33,6 @@ WINDOW, MOST_WINDOW = (1 << 16) - 1, (1 << 31) - 1
 REFILL = 1 << 24  # bytes received, after which the peer may send as many more
 MOST_HEADERS = 1 << 16  # bytes of a block
 MOST_PATHS = 64  # blocks whose path is remembered
-# Seconds of silence before a client is probed and between probes; probes; milliseconds that data may wait.
-KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
 _FRAME, _SETTING, _WORD = Struct(">BHBBI"), Struct(">HI"), Struct(">I")
 # Header blocks without state: `:status: 200`, `content-type: application/grpc`; then a literal's start.
@@ -108,7 +107,7 @@ class Connection(asyncio.Protocol):
         self._open_call, self._most_bytes, self._connections = open_call, most_bytes, connections
         self._bytes, self._is_greeted = bytearray(), False
         self._streams: dict[int, _Stream] = {}
-        self._ended: list[int] = []  # streams that the client has ended since the latest look
+        self._ended: dict[int, None] = {}  # streams that the client has ended since the latest look
         self._out: list[bytes] = []  # frames to send
         self._last = 0  # largest number of a stream so far
         self._is_leaving = False
@@ -128,7 +127,8 @@ class Connection(asyncio.Protocol):
         """As of any protocol: it is there."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        _notice_its_end(transport.get_extra_info("socket"))
+        if connection := transport.get_extra_info("socket"):  # or its calls would be open for ever
+            keep_alive(connection)
         self._connections.add(self)
         # Without a table, equal header blocks mean the same.
         settings = _SETTING.pack(TABLE_SIZE, 0) + _SETTING.pack(INITIAL_WINDOW, 2 * REFILL)
@@ -291,7 +291,7 @@ class Connection(asyncio.Protocol):
         elif not ends:
             raise BrokenError(PROTOCOL_ERROR)
         if ends:
-            self._ended.append(number)
+            self._ended[number] = None
 
     def _opened(self, number: int, path: str) -> None:
         if number % 2 == 0:
@@ -336,7 +336,7 @@ class Connection(asyncio.Protocol):
         else:
             self._refill_stream(number, stream)
             if flags & END_STREAM:
-                self._ended.append(number)
+                self._ended[number] = None
 
     def _refill_stream(self, number: int, stream: _Stream) -> None:
         """A client that takes no answers may not send for ever."""
@@ -409,15 +409,6 @@ class Connection(asyncio.Protocol):
             del self._streams[number]
         if len(self._out) > before:
             self._refill_stream(number, stream)
-
-
-def _notice_its_end(connection: socket.socket | None) -> None:
-    """A client whose machine is gone says nothing; its calls would be open for ever."""
-    if connection is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEP_ALIVE.items():
-            if hasattr(socket, name):  # not on every system
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class _NoCall:

@@ -49,7 +49,6 @@ class Watchman:
         self._books, self._settings, self._telemetry, self._now = books, settings, telemetry, now
         self._changed = changed
         self._watched: set[Engine] = set()
-        self._known: set[Engine] = set()  # those that were found up or down before
 
     async def run(self, looked: asyncio.Event) -> None:
         """Watch until cancelled; `looked` is set when every engine was asked once."""
@@ -98,7 +97,7 @@ class Watchman:
             if engine.failures >= self._settings.down_after or not engine.is_told:
                 self._down(engine, f"silent: {type(found).__name__}")
         else:
-            self._known.add(engine)
+            engine.is_known = True
             if self._books.up(engine):
                 self._telemetry.event("engine_up", engine=engine.endpoint.address)
                 self._changed()
@@ -120,8 +119,7 @@ class Watchman:
             return response.status >= 500
 
     def _down(self, engine: Engine, why: str) -> None:
-        is_news = self._books.down(engine) or engine not in self._known
-        self._known.add(engine)
+        is_news, engine.is_known = self._books.down(engine) or not engine.is_known, True
         if is_news:
             self._telemetry.event("engine_down", engine=engine.endpoint.address, why=why)
             self._changed()

@@ -74,6 +74,8 @@ class Gateway:
         self.picker = Picker(books, decider, settings)
         self._watch = Watch(settings.watch_per_s)
         self._begin = time.monotonic()
+        self._unresolved: set[str] = set()
+        self._tell_unresolved(endpoints)
         self._ending = asyncio.Event()
         self.envoy: Envoy | None = None
 
@@ -96,6 +98,7 @@ class Gateway:
             background = await self._start(stack, tasks)
             if self.settings.envoy:
                 self.envoy = await Envoy.start(self.settings, self._engines())
+                self._tell_envoy()  # what has changed while it came up
                 stack.push_async_callback(self.envoy.stop)
                 background.append(tasks.create_task(self._watch_envoy(self.envoy)))
             self._listen_to_signals(stack, tasks)
@@ -178,11 +181,17 @@ class Gateway:
         return {e.endpoint: books.view.instances[e.number].available for e in books.engines if e.is_listed}
 
     def _tell_envoy(self) -> None:
-        if self.envoy is not None:
-            self.envoy.list_engines(self._engines())
+        """Of engines that have come or gone. Where none is up, Envoy may try them all: it has nothing better."""
+        if self.envoy is None:
+            return
+        engines = self._engines()
+        try:
+            self.envoy.list_engines(engines if any(engines.values()) else dict.fromkeys(engines, True))
+        except OSError as error:  # the next change may be written
+            self.telemetry.event("fault", error=repr(error), where="the list of engines for Envoy")
 
     async def _watch_envoy(self, envoy: Envoy) -> None:
-        """Count the requests that Envoy had to place itself, because the picker was late."""
+        """Count the exchanges that Envoy gave up, because the picker was late or gone."""
         seen = 0
         while True:
             await asyncio.sleep(CHANGED_S)
@@ -232,12 +241,20 @@ class Gateway:
             except InputError:
                 self._urls = before
                 raise
+            self._tell_unresolved(endpoints)
             addresses = {endpoint.address for endpoint in endpoints}
             if addresses == {endpoint.address for endpoint in self._engines()}:
                 return
             self.picker.books.list_engines(endpoints, self._specs(endpoints))
             self._tell_envoy()
             self.telemetry.event("engines", listed=sorted(addresses))
+
+    def _tell_unresolved(self, endpoints: Sequence[Endpoint]) -> None:
+        """Of engines whose names do not resolve, when they are others than before."""
+        missing = {url.rstrip("/") for url in self._urls} - {endpoint.url for endpoint in endpoints}
+        if missing - self._unresolved:
+            self.telemetry.event("unresolved", engines=sorted(missing))
+        self._unresolved = missing
 
     async def _watch_names(self) -> None:
         """Look for engines that are gone: they may come back under another address."""

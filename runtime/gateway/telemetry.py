@@ -48,7 +48,7 @@ class Telemetry:
         )
         self._unpicked = Counter(
             "servegym_unpicked",
-            "Requests that Envoy placed itself, because the picker did not answer in time",
+            "Requests that Envoy went on with alone, because the picker was late or gone: not picked, or lost sight of",
             registry=registry,
         )
         self._events = Counter(
@@ -93,7 +93,7 @@ class Telemetry:
             self.log("refused", status=refusal.status, reason=refusal.reason)
 
     def unpicked(self, requests: int) -> None:
-        """So many requests went on without a pick."""
+        """So many requests went on without the picker."""
         self._unpicked.inc(requests)
         self.log("unpicked", requests=requests)
 

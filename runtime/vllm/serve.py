@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,6 +22,7 @@ from servegym.runtime.view import InstanceView
 from servegym.runtime.vllm.leg import EngineLostError
 from servegym.runtime.vllm.migrator import Limits, Migrator, scrape
 from servegym.runtime.vllm.proxy import make_app
+from servegym.runtime.keep_alive import keep_alive
 from servegym.runtime.vllm.pulse import CONNECT_S
 
 log = logging.getLogger("servegym.migrator")
@@ -127,9 +129,16 @@ async def _app(settings: Settings, decider: Decider) -> web.Application:
 
 
 def open_session(stall_s: float) -> aiohttp.ClientSession:
-    """A client without limit of connections, whose requests wait `stall_s` for a byte, or as they say."""
+    """A client without limit of connections, whose requests wait `stall_s` for a byte, or as they say.
+
+    A connection that is dropped in silence breaks, though its engine works on for others.
+    """
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=stall_s)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    connector = aiohttp.TCPConnector(
+        limit=0,
+        keepalive_timeout=KEEP_ALIVE_S,
+        socket_factory=lambda info: keep_alive(socket.socket(*info[:3])),
+    )
     return aiohttp.ClientSession(connector=connector, timeout=timeout)
 
 

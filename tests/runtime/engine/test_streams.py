@@ -53,6 +53,9 @@ def test_a_migration_waits_for_swaps_of_both_ways(tiny, setting, monkeypatch, on
         assert torch.equal(event[0], swap.halves)  # recorded behind all that the swap writes
         copy_blocks(source, target, torch.tensor([0]), torch.tensor([5]))
         assert source.copies.waited.pop() is event
+        target.copies = Stream()
+        copy_blocks(target, source, torch.tensor([5]), torch.tensor([0]))
+        assert target.copies.waited == [event]
 
 
 def test_old_graphs_are_gone_when_new_ones_are_captured(tiny, setting, monkeypatch, on_streams):

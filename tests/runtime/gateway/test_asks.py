@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from servegym.runtime.gateway.asks import PARSED_BYTES, Ask, read_ask
+from servegym.runtime.gateway.asks import MEDIUM, PARSED_BYTES, Ask, read_ask
 from servegym.runtime.gateway.settings import ServiceClass
 
 CLASSES = {"default": ServiceClass(), "batch": ServiceClass(30.0, 0.2, 0.5, 5)}
@@ -93,6 +93,7 @@ def test_the_bytes_of_an_image_are_no_text_but_tell_it_from_others():
         return ask({"messages": [{"role": "user", "content": content}]}).prompt
 
     assert b"what is this?" in seen("A" * 50_000)
+    assert MEDIUM in seen("A")
     assert len(seen("A" * 50_000)) < 100
     assert seen("A" * 50_000) != seen("B" * 50_000)
 

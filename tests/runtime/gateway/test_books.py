@@ -1,6 +1,6 @@
 import pytest
 
-from servegym.runtime.gateway.asks import Ask
+from servegym.runtime.gateway.asks import MEDIUM, Ask
 from servegym.runtime.gateway.books import MOST_SESSIONS, Sessions
 from servegym.runtime.gateway.readings import Load, Reading
 from servegym.runtime.gateway.settings import Endpoint
@@ -210,6 +210,16 @@ def test_a_flight_does_not_hold_its_prompt(make_books):
     books = make_books()
     flight = sent(books)
     assert (flight.ask.prompt, flight.prompt_bytes) == (b"", len(PROMPT))
+
+
+def test_what_an_image_takes_teaches_nothing_of_text(make_books):
+    books = make_books(1)
+    flight = books.arrived(Ask(b"what is this?" + MEDIUM + b"0" * 32), 1.0)
+    books.dispatched(flight, [0], 1.0)
+    books.begun(flight, 200, None, 2.0)
+    flight.reported_prompt = 1100
+    books.ended(flight, 3.0)
+    assert books.lengths.bytes_per_token == 4.0
 
 
 def test_sessions_that_are_idle_for_longest_are_forgotten():

@@ -5,6 +5,8 @@ import base64
 import json
 import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -502,6 +504,63 @@ def test_envoy_s_end_ends_the_gateway():
             os.kill(gateway.envoy.pid, signal.SIGKILL)
             assert await asyncio.wait_for(task, 20) == 1
 
+    run(test)
+
+
+def test_a_gateway_that_is_killed_takes_its_envoy_along():
+    async def test():
+        a, ports = await FakeEngine().start(), [free_port() for _ in range(3)]
+        command = [sys.executable, "-m", "servegym.cli", "gateway", "lmetric", "--engines", a.url]
+        for flag, port in zip(("--port", "--picker-port", "--metrics-port"), ports, strict=True):
+            command += [flag, str(port)]
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        while b'"ready"' not in (line := await process.stderr.readline()):
+            assert line
+        process.kill()
+        await process.wait()
+
+        def is_free() -> bool:
+            with socket.socket() as tried:
+                return tried.connect_ex(("127.0.0.1", ports[0])) != 0
+
+        await until(is_free)
+        await a.stop()
+
+    run(test)
+
+
+def test_what_changes_while_envoy_comes_up_reaches_it(monkeypatch):
+    start = Envoy.start
+
+    async def slow(settings, engines):
+        envoy = await start(settings, engines)
+        await b.start()
+        await until(lambda: gateways[0].picker.able() == [0, 1])
+        return envoy
+
+    async def test():
+        nonlocal b
+        await b.start()
+        await b.stop()
+        a = FakeEngine()
+        await a.start()
+        async with behind_envoy(engines=(a.url, b.url)) as (gateway, client, _):
+            a.hang = True
+            await until(lambda: gateway.picker.able() == [1])
+            await asyncio.sleep(0.2)
+            for _ in range(4):
+                assert await asyncio.wait_for(client.get("/v1/models"), 5) == 200
+        await a.stop()
+        await b.stop()
+
+    b, gateways, made = FakeEngine(), [], Gateway.__init__
+
+    def remember(gateway, *arguments):
+        made(gateway, *arguments)
+        gateways.append(gateway)
+
+    monkeypatch.setattr(Gateway, "__init__", remember)
+    monkeypatch.setattr(Envoy, "start", slow)
     run(test)
 
 

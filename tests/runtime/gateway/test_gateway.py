@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import sys
 
 import aiohttp
 import grpc
@@ -299,5 +300,8 @@ def test_a_client_whose_machine_is_gone_is_noticed():
             (connection,) = gateway._server._connections
             raw = connection._transport.get_extra_info("socket")
             assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            if sys.platform == "linux":
+                assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+                assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
     run(test)

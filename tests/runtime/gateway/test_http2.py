@@ -184,6 +184,27 @@ def test_a_call_is_answered_however_it_is_framed(frames, cut):
     run(test)
 
 
+def test_a_call_that_its_client_ends_and_resets_at_once_gets_no_more():
+    async def test():
+        async with connected() as peer:
+            peer.send(opened(1), said(1, b"hello", 0))
+            await peer.next(DATA)
+            peer.send(frame(DATA, END_STREAM, 1) + frame(RST_STREAM, 0, 1, pack(">I", 0)))
+            peer.send(frame(PING, 0, 0, b"12345678"))
+            assert (await peer.next(PING, HEADERS))[0] == PING
+
+    run(test)
+
+
+def test_what_comes_behind_the_end_of_a_call_is_not_answered():
+    async def test():
+        async with connected() as peer:
+            peer.send(opened(1) + said(1, b"hello") + said(1, b"again"))
+            assert (await peer.answer(1))[0] == message(b"hello")
+
+    run(test)
+
+
 def test_calls_go_on_side_by_side_and_headers_may_be_compressed():
     async def test():
         async with connected(greets=False) as peer:

@@ -216,7 +216,7 @@ def test_an_engine_that_comes_back_under_another_address_is_found(monkeypatch):
     run(test)
 
 
-def test_a_name_that_does_not_resolve_holds_up_no_other(monkeypatch):
+def test_a_name_that_does_not_resolve_is_told_and_holds_up_no_other(monkeypatch, capsys):
     known, resolve = {"b.invalid": "127.0.0.1"}, socket.getaddrinfo
 
     def look_up(host, *rest, **more):
@@ -229,6 +229,7 @@ def test_a_name_that_does_not_resolve_holds_up_no_other(monkeypatch):
         urls = (f"http://a.invalid:{a.port}", f"http://b.invalid:{b.port}")
         async with running(engines=urls) as (gateway, envoy):
             assert (await envoy.post(STREAM)).picked == [b.address]
+            assert capsys.readouterr().err.count('"unresolved"') == 1
             known["a.invalid"] = "127.0.0.1"
             await until(lambda: used(gateway) == {a.address, b.address})
             del known["a.invalid"]  # and where it was it still is
