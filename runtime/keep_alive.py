@@ -1,10 +1,10 @@
-"""TCP connections whose other end may vanish without a word: the machine is gone, or a firewall forgot them."""
+"""TCP connections whose other end may vanish without a word, with its machine or behind a firewall."""
 
 from __future__ import annotations
 
 import socket
 
-# Seconds of silence before the other end is probed and between probes; probes; milliseconds that data may wait.
+# Seconds of silence before the other end is probed, and between probes; probes; milliseconds that data waits.
 OPTIONS = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
 

@@ -378,7 +378,7 @@ class Envoy:
 
 
 def _end_with_parent() -> None:
-    """On Linux a gateway that is killed takes its Envoy along, which would keep the port from the next one."""
+    """On Linux a gateway that is killed takes its Envoy along, which would keep its port."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

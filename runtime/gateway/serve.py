@@ -181,7 +181,7 @@ class Gateway:
         return {e.endpoint: books.view.instances[e.number].available for e in books.engines if e.is_listed}
 
     def _tell_envoy(self) -> None:
-        """Of engines that have come or gone. Where none is up, Envoy may try them all: it has nothing better."""
+        """Of engines that have come or gone. Where none is up, Envoy may try them all."""
         if self.envoy is None:
             return
         engines = self._engines()

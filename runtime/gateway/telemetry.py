@@ -48,7 +48,7 @@ class Telemetry:
         )
         self._unpicked = Counter(
             "servegym_unpicked",
-            "Requests that Envoy went on with alone, because the picker was late or gone: not picked, or lost sight of",
+            "Requests that Envoy went on with alone: not picked in time, or lost sight of",
             registry=registry,
         )
         self._events = Counter(

@@ -18,11 +18,11 @@ from servegym.errors import InputError
 from servegym.runtime.decider import Decider
 from servegym.runtime.fleet import InstanceSettings
 from servegym.runtime.gateway.settings import parse_endpoints
+from servegym.runtime.keep_alive import keep_alive
 from servegym.runtime.view import InstanceView
 from servegym.runtime.vllm.leg import EngineLostError
 from servegym.runtime.vllm.migrator import Limits, Migrator, scrape
 from servegym.runtime.vllm.proxy import make_app
-from servegym.runtime.keep_alive import keep_alive
 from servegym.runtime.vllm.pulse import CONNECT_S
 
 log = logging.getLogger("servegym.migrator")

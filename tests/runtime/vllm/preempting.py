@@ -100,7 +100,7 @@ def play(model: str, profile: str, policies: list[str]) -> dict[str, Any]:
     scheduler._decider.reload(Composite("capped", preempt=VictimLargest(), budget=BudgetFixed(LEAST_CAP)))
     Recorder.steps.clear()
     tokens = answers(llm, slice(0, SOME))
-    found["capped"] = {"tokens": tokens, "steps": Recorder.steps, "asked": scheduler.numbers()["caps"]}
+    found["capped"] = {"tokens": tokens, "steps": list(Recorder.steps), "asked": scheduler.numbers()["caps"]}
     found["broken"] = [play_broken(llm, names) for names in (["preempted"], FAULTY)]
     return found
 
