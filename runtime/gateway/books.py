@@ -258,10 +258,8 @@ class Books:
         tpots = [self.tpot_s(i) for i in range(len(self.engines))]
         for engine, tpot in zip(self.engines, tpots, strict=True):
             busy_s = (now_s - self._advanced_s) * len(self.view.instances[engine.number].inflight)
-            engine.busy_s, engine.steps = (
-                engine.busy_s + busy_s,
-                engine.steps + busy_s / tpot * engine.tpot_ratio,
-            )
+            engine.busy_s += busy_s
+            engine.steps += busy_s / tpot * engine.tpot_ratio
         self._advanced_s = now_s
         for flight in self.flights.values():
             self._advance(flight, now_s, tpots[flight.request.instance])

@@ -41,6 +41,8 @@ from servegym.runtime.gateway.settings import Endpoint, Settings
 PICKER_TIMEOUT_S = 0.5  # for one answer of the picker; then Envoy goes on without it
 READY_S, STOP_S = 20.0, 5.0
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+# Loaded here, because between fork and exec only a system call is safe beside other threads.
+_LIBC = ctypes.PyDLL(None) if sys.platform == "linux" else None
 UNLIMITED = 1 << 20  # connections and requests: the picker sheds, Envoy does not
 RETRY_ON = "connect-failure,refused-stream,reset,retriable-status-codes"
 RESELECTIONS = 8  # of hosts, where a choice was one that has failed
@@ -379,8 +381,8 @@ class Envoy:
 
 def _end_with_parent() -> None:
     """On Linux a gateway that is killed takes its Envoy along, which would keep its port."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _write_engines(folder: Path, engines: Mapping[Endpoint, bool]) -> None:
