@@ -30,10 +30,9 @@ from servegym.runtime.gateway.settings import (
 )
 from servegym.runtime.gateway.telemetry import Telemetry
 
-CHANGED_S = (
-    2.0  # pause between two looks at the bundle's folder, at the names of engines that are gone, at Envoy
-)
-LOOK_S = 0.05  # and at what is still in flight, at the end
+# Pauses between looks: at the bundle's folder, at names of engines that are gone and at Envoy; and at what
+# is still in flight, at the end.
+CHANGED_S, LOOK_S = 2.0, 0.05
 FAILED = 1
 
 
